@@ -249,6 +249,11 @@ def find_sampling_fault(scheduler: SchedulerMixin) -> str | None:
     for key, allowed in CONFIG_CHOICES.items():
         if (value := scheduler.config.get(key, allowed[0])) not in allowed:
             return f"has {key} {value!r:.80}; it may be {', '.join(map(str, allowed))}"
+    # A configuration of another scheduler, by which the model makes other predictions
+    if isinstance(scheduler, FLOW_SCHEDULERS):
+        predicted = scheduler.config.get("prediction_type", FLOW_PREDICTION)
+        if predicted != FLOW_PREDICTION:
+            return f"cannot sample from predictions of the type {predicted}"
     flow = is_flow(scheduler)
     if scheduler.config.get("use_flow_sigmas", flow) != flow:
         kind = get_prediction_type(scheduler)

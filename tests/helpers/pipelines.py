@@ -110,9 +110,6 @@ CASES = {
             PRIOR,
             "image_embeds",
             in_diffusers="KandinskyV22PriorPipeline",
-            # The same with `prior_`, as in the whole pipelines; embeddings are tensors
-            not_taken=frozenset({"num_inference_steps", "guidance_scale", "latents", "output_type"})
-            | {"callback_on_step_end", "callback_on_step_end_tensor_inputs"},
         ),
     )
 }

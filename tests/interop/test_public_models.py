@@ -386,7 +386,7 @@ def test_every_stage_is_seen_while_it_draws(model: str):
 @pytest.mark.parametrize("model", WHOLE)
 def test_a_picture_does_not_depend_on_its_batch(model: str):
     pipeline = loaded(model)
-    prompts = ["a cat", "a red dog on a blue image", "cat"]
+    prompts = ["a cat", "a red dog on a blue picture", "cat"]
     several = pipeline(prompts, generator=seeds(1, 2, 3), output_type="pt", **BOTH).images
     alone = pipeline(prompts[1], generator=seeds(2), output_type="pt", **BOTH).images
     torch.testing.assert_close(several[1:2], alone, atol=1e-4, rtol=0)

@@ -138,6 +138,8 @@ def find_silent_arguments(pipe: Any, arguments: dict[str, Any], caplog: pytest.L
     """Return the arguments whose other value changes nothing without a word, or something in spite of a warning."""
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments = {name: value for name, value in arguments.items() if name in taken}
+    # The prior alone takes its options under two names, one of which may be given
+    arguments = {name: value for name, value in arguments.items() if f"prior_{name}" not in arguments.keys() & taken}
     plain, silent = draw(pipe, arguments), []
     for name, value in VALUES.items():
         if name not in taken or name in arguments and name not in {"strength", *GUIDED, *QUICK}:

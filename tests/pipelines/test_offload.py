@@ -87,7 +87,7 @@ def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp
     way(pipeline, tmp_path)
     for found, expected_part in zip(draw(pipeline), expected, strict=True):
         torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
-    assert min(measure_waiting_parts(pipeline).values()) > 0.99
+    assert min(measure_waiting_parts(pipeline).values()) > 0.95
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
