@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from t2i.config import TrainConfig
-from t2i.data.dataset import Batch, SampleDataset, SampleIndex
+from t2i.data.dataset import Batch, SampleDataset, SampleIndex, iterate_equal_parts
 from t2i.data.groups import SampleGroups
 from t2i.data.order import SampleOrder
 from t2i.errors import InputError
@@ -76,16 +77,44 @@ def iterate_batches(dataset: SampleDataset, num_workers: int, **order: Any) -> G
 
 def iterate_fixed_batches(
     dataset: SampleDataset, config: TrainConfig, rank: int, world: int
-) -> tuple[Generator[Batch, None, None], int]:
-    """Return batches that are the same each time, and how many whole ones `validation_samples` fill on all processes.
+) -> Iterator[tuple[Batch, float]]:
+    """Yield a process's parts of `plan_fixed_batches`, and the fraction of all samples that each batch has."""
+    batches = plan_fixed_batches(dataset, config, world)
+    total = sum(map(len, batches))
+    for keys in batches:
+        yield dataset.__getitems__(keys[rank::world]), len(keys) / total
 
-    That is at least one. With buckets, a batch is no larger than the smallest, so that all take part.
+
+def plan_fixed_batches(dataset: SampleDataset, config: TrainConfig, world: int) -> list[list[SampleIndex]]:
+    """Return batches of all processes that are the same each time: at least one, of at most `validation_samples`.
+
+    Batches are full. With buckets, each of them ends with a short one, and samples that do not fill one on all
+    processes are left out.
     """
-    count, buckets = min(len(dataset), config.validation_samples), dataset.buckets
-    smallest = count if buckets is None else min(count, *np.unique(buckets, return_counts=True)[1].tolist())
-    batch_size = max(1, min(config.batch_size, smallest // world))
-    loader = iterate_batches(dataset, 0, batch_size=batch_size, seed=0, rank=rank, world=world)
-    return loader, max(1, count // (batch_size * world))
+    order, buckets = choose_fixed_samples(dataset, config), dataset.buckets
+    numbers = np.zeros(len(order)) if buckets is None else buckets[order]
+    size = min(config.batch_size, max(1, len(order) // world)) * world
+    parts = list(iterate_equal_parts(numbers, size))
+    # Each process has as many samples of a batch
+    even = [part[: len(part) // world * world] for part in parts]
+    batches = [part for part in even if len(part) == size or (len(part) and buckets is not None)]
+    batches = batches or [np.resize(max(parts, key=len), world)]
+    return [[(int(order[place]), int(place)) for place in part] for part in batches]
+
+
+def choose_fixed_samples(dataset: SampleDataset, config: TrainConfig) -> np.ndarray:
+    """Return the indices of the samples that validation sees, at most `validation_samples`, shuffled."""
+    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).numpy()[: config.validation_samples]
+
+
+def format_validation_line(dataset: SampleDataset, config: TrainConfig, world: int) -> str:
+    """Return a line about shapes that validation leaves out, for they have fewer images than processes, or ""."""
+    if dataset.buckets is None:
+        return ""
+    used = [dataset.buckets[keys[0][0]] for keys in plan_fixed_batches(dataset, config, world)]
+    count = np.isin(dataset.buckets[choose_fixed_samples(dataset, config)], used, invert=True).sum()
+    what = f"validation leaves out {count:,} images, of shapes with fewer held-out images than the {world} processes"
+    return what if count else ""
 
 
 @contextmanager

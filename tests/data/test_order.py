@@ -6,7 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from t2i.data.loading import EndlessBatchSampler
+from t2i.config import TrainConfig
+from t2i.data.dataset import SampleDataset
+from t2i.data.loading import EndlessBatchSampler, format_validation_line, iterate_fixed_batches, plan_fixed_batches
 from t2i.data.order import SampleOrder
 
 BUCKETS = np.array([0] * 13 + [1] * 8 + [2] * 3 + [5] * 1)[np.random.default_rng(3).permutation(25)]
@@ -95,3 +97,59 @@ def test_one_bucket_is_the_order_without_buckets():
     plain = iter(EndlessBatchSampler(10, 3, seed=4, rank=1, world=2, position=18))
     one = iter(EndlessBatchSampler(10, 3, seed=4, rank=1, world=2, position=18, buckets=np.zeros(10), step_size=6))
     assert list(islice(plain, 20)) == list(islice(one, 20))
+
+
+class Shapes(SampleDataset):
+    """Samples of some buckets; a batch is its keys."""
+
+    def __init__(self, buckets: np.ndarray | None, size: int = 0):
+        self.numbers, self.size = buckets, size if buckets is None else len(buckets)
+
+    def __len__(self):
+        return self.size
+
+    def __getitems__(self, keys):
+        return keys
+
+    def get_sample_key(self, index):
+        return str(index)
+
+    @property
+    def buckets(self):
+        return self.numbers
+
+
+def test_validation_has_full_batches_of_each_shape_and_a_short_one():
+    """A shape of one image costs one batch, and no sample counts more than another."""
+    buckets, config = np.repeat([0, 1, 4], [300, 200, 1]), TrainConfig("x", batch_size=32, validation_samples=1000)
+    dataset = Shapes(buckets)
+    batches = list(iterate_fixed_batches(dataset, config, 0, 1))
+    assert [len(keys) for keys, _ in batches] == [32] * 9 + [12] + [32] * 6 + [8] + [1]
+    assert sum(weight for _, weight in batches) == pytest.approx(1)
+    assert all(weight == len(keys) / 501 and len({buckets[i] for i, _ in keys}) == 1 for keys, weight in batches)
+    assert sorted(index for keys, _ in batches for index, _ in keys) == list(range(501))
+    assert format_validation_line(dataset, config, 1) == ""
+
+
+def test_processes_share_every_batch_of_validation_evenly():
+    config, dataset = TrainConfig("x", batch_size=2, validation_samples=1000), Shapes(np.repeat([0, 1, 4], [9, 7, 3]))
+    parts = [list(iterate_fixed_batches(dataset, config, rank, 4)) for rank in range(4)]
+    assert [[len(keys) for keys, _ in part] for part in parts] == [[2, 1]] * 4
+    seen = [index for part in parts for keys, _ in part for index, _ in keys]
+    assert len(set(seen)) == len(seen) == 12 and 4 not in dataset.buckets[seen]
+    line = "validation leaves out 3 images, of shapes with fewer held-out images than the 4 processes"
+    assert format_validation_line(dataset, config, 4) == line
+    # Where no shape has enough, the images of one repeat
+    assert [len(keys) for keys in plan_fixed_batches(Shapes(np.array([0, 1, 1])), config, 4)] == [4]
+
+
+@pytest.mark.parametrize(("size", "world", "most"), [(50, 1, 1000), (50, 3, 1000), (3, 1, 1000), (50, 2, 20)])
+def test_without_shapes_validation_sees_the_whole_batches_of_the_first_pass(size, world, most):
+    config = TrainConfig("x", batch_size=8, validation_samples=most)
+    for rank in range(world):
+        batches = list(iterate_fixed_batches(Shapes(None, size), config, rank, world))
+        count = min(8, min(size, most) // world)
+        expected = islice(
+            EndlessBatchSampler(size, count, 0, rank=rank, world=world), min(size, most) // count // world
+        )
+        assert [keys for keys, _ in batches] == list(expected) and batches[0][1] == 1 / len(batches)

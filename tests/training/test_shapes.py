@@ -211,10 +211,12 @@ def test_a_prior_needs_no_buckets_of_its_cache(mixed, runs, cache, tmp_path):
 
 def test_validation_sees_every_bucket(mixed, runs):
     source = FrozenModels(DataConfig(str(mixed), **DATA), str(runs / "clip"), str(runs / "autoencoder"), False)
-    loader, batches = iterate_fixed_batches(source.validation, TrainConfig("x", batch_size=8), 0, 1)
-    assert sorted(int(next(loader).index) for _ in range(batches)) == [0, 1, 2]
-    loader, batches = iterate_fixed_batches(source.dataset, TrainConfig("x", batch_size=8), 0, 1)
-    assert batches == 3 and {len(next(loader).index) for _ in range(6)} == {5}
+    batches = list(iterate_fixed_batches(source.validation, TrainConfig("x", batch_size=8), 0, 1))
+    assert sorted(int(batch.index) for batch, _ in batches) == [0, 1, 2]
+    batches = list(iterate_fixed_batches(source.dataset, TrainConfig("x", batch_size=4), 0, 1))
+    assert [len(batch.index) for batch, _ in batches] == [4, 1, 4, 2, 4, 1]
+    assert [weight for _, weight in batches] == [len(batch.index) / 16 for batch, _ in batches]
+    assert sorted(i for batch, _ in batches for i in batch.index.tolist()) == list(range(16))
 
 
 def test_an_autoencoder_trains_on_several_shapes(mixed, tmp_path):

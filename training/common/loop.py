@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from t2i.config import TrainConfig
 from t2i.data.dataset import Batch, SampleDataset
 from t2i.data.groups import SampleGroups
-from t2i.data.loading import iterate_batches, iterate_fixed_batches
+from t2i.data.loading import format_validation_line, iterate_batches, iterate_fixed_batches
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
@@ -121,6 +121,8 @@ def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> 
         raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
     step_size = config.batch_size * config.gradient_accumulation * processes
     for line in stage.dataset.format_shape_lines(step_size):
+        accelerator.print(line)
+    if stage.validation is not None and (line := format_validation_line(stage.validation, config, processes)):
         accelerator.print(line)
 
 
@@ -330,18 +332,16 @@ def validate_ema(
     if stage.validation is None or not is_step_due(state, state.config.validate_every):
         return None
     place = accelerator.process_index, accelerator.num_processes
-    loader, batches = iterate_fixed_batches(stage.validation, state.config, *place)
     # Their means, over batches here and over processes at the end
     sums: dict[str, Tensor] = {}
     with state.average.ema_weights() as model:
-        for i in range(batches):
+        for i, (batch, weight) in enumerate(iterate_fixed_batches(stage.validation, state.config, *place)):
             seed_step_noise(0, i, accelerator)
-            batch = next(loader)
             health.record_rejected_samples(batch)
             with accelerator.autocast():
                 metrics = stage.loss(model, batch.to(accelerator.device))
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0) + value.float() / batches
+                sums[name] = sums.get(name, 0) + value.float() * weight
     names = sorted(sums)
     means = accelerator.reduce(torch.stack([sums[name] for name in names]), "mean").tolist()
     return {f"validation_{name}": value for name, value in zip(names, means)}
