@@ -14,7 +14,7 @@ from t2i.diffusion.sampling_loop import Sampling, sample_from_noise
 from t2i.diffusion.stored_schedulers import check_scheduler_folder
 from t2i.errors import InputError
 from tests.helpers.karlo_folders import karlo
-from tests.helpers.karlo_reference import noise, stepped
+from tests.helpers.references.karlo import noise, stepped
 from tests.helpers.stages import seeds
 
 

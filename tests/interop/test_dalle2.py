@@ -26,8 +26,8 @@ from t2i.interop.dalle2_files import read_dalle2_file
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder, DALLE2Pixels
 from t2i.networks.dalle2.prior import DALLE2Prior
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict, sample_prior
-from tests.helpers import dalle2_reference
-from tests.helpers.dalle2_reference import Replay, randomised, reference
+from tests.helpers.references import dalle2 as dalle2_reference
+from tests.helpers.references.dalle2 import Replay, randomised, reference
 
 WIDTH, LONGEST, STEPS = 24, 9, 40  # D, tokens, training timesteps
 NET = {"dim": WIDTH, "depth": 2, "dim_head": 12, "heads": 2, "max_text_len": LONGEST, "num_timesteps": STEPS}

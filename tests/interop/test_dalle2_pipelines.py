@@ -27,7 +27,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.dalle2.decoder import DALLE2Cascade, DALLE2Decoder
 from t2i.networks.dalle2.prior import DALLE2Prior
 from t2i.networks.tokenizer import PublicTokenizer
-from tests.helpers.dalle2_reference import Replay, randomised, reference
+from tests.helpers.references.dalle2 import Replay, randomised, reference
 
 WIDTH, STEPS = 24, 40
 TOWERS = {

@@ -21,7 +21,8 @@ from t2i.networks.public.karlo import KarloDecoder, derive_karlo_config
 from t2i.networks.public.super_resolution import SuperResolution
 from t2i.sampling.sample import build_decoder_condition, build_decoder_predict
 from tests.helpers.karlo_folders import karlo, super_resolution_scheduler
-from tests.helpers.karlo_reference import (
+from tests.helpers.public_folders import EMBED_DIM
+from tests.helpers.references.karlo import (
     CLOSE,
     Said,
     noise,
@@ -31,7 +32,6 @@ from tests.helpers.karlo_reference import (
     reference_super_resolution,
     schedulers,
 )
-from tests.helpers.public_folders import EMBED_DIM
 from tests.helpers.stages import seeds
 
 ONE, MIXED = ["a red cat"], ["cat", "a red dog and a red cat", ""]

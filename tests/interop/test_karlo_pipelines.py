@@ -24,7 +24,6 @@ from t2i import (
 from t2i.diffusion.guidance import Guidance
 from t2i.errors import InputError
 from tests.helpers.karlo_folders import karlo, karlo_parts, karlo_variations
-from tests.helpers.karlo_reference import noise
 from tests.helpers.public_folders import (
     EMBED_DIM,
     prior_scheduler,
@@ -32,6 +31,7 @@ from tests.helpers.public_folders import (
     tiny_image_tower,
     tiny_prior_transformer,
 )
+from tests.helpers.references.karlo import noise
 from tests.helpers.stages import seeds
 
 ONE, MIXED = ["a red cat"], ["cat", "a red dog and a red cat", "dog"]

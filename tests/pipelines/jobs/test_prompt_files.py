@@ -33,7 +33,7 @@ from t2i.runtime.rank import Rank, find_process_rank
 from tests.commands.test_cli import QUICK, run
 from tests.helpers.kandinsky_folders import kandinsky_22_combined
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["red circle", "a green square that is rather large", "blue", "a red square", "green circle"]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 

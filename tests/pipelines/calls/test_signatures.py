@@ -23,7 +23,7 @@ from t2i import InputError, Text2ImagePipeline
 from t2i.diffusion.guidance import Guidance
 from tests.helpers.stages import seeds
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ALL = [getattr(pipelines, name) for name in pipelines.__all__ if name.endswith("Pipeline")]
 OPTIONS = {field.name: field for options in (PriorOptions, DecoderOptions) for field in fields(options)}
 TAKEN = {
