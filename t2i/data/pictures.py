@@ -256,7 +256,7 @@ class Resizing:
 
     @property
     def crops(self) -> bool:
-        """Whether the square is a part of an image, not the whole image squeezed."""
+        """True if the square is a part of an image, not the whole image squeezed."""
         return len(self.side) < 2
 
     @property

@@ -119,8 +119,7 @@ def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> 
     check_processes_agree(accelerator, {**settings, "samples": size})
     if size < processes:
         raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
-    step_size = config.batch_size * config.gradient_accumulation * processes
-    for line in stage.dataset.format_shape_lines(step_size):
+    for line in stage.dataset.format_shape_lines(config.batch_size * config.gradient_accumulation * processes):
         accelerator.print(line)
     if stage.validation is not None and (line := format_validation_line(stage.validation, config, processes)):
         accelerator.print(line)
