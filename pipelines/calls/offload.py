@@ -6,6 +6,8 @@ from tempfile import mkdtemp
 from typing import Any
 from weakref import finalize
 
+import torch
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from torch.nn import Module
 
@@ -37,6 +39,21 @@ class DiskOffloading(DiffusionPipeline):
             folder = mkdtemp(prefix=f"{name}-", dir=offload_to_disk_path)
             finalize(model, rmtree, folder, ignore_errors=True)  # other pipelines may share the model
             model.enable_group_offload(onload_device, *args, offload_to_disk_path=folder, **kwargs)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        """Offload each layer, as diffusers does; the CPU may be the device, of which diffusers makes "cpu:0".
+
+        accelerate, which places the weights, knows no such device.
+        """
+        if device is None or torch.device(device).type != "cpu":
+            return super().enable_sequential_cpu_offload(gpu_id, device)
+        self._maybe_raise_error_if_group_offload_active(raise_error=True)
+        self.remove_all_hooks()
+        self._offload_device = torch.device("cpu")
+        self.to("cpu")
+        for model in self.components.values():
+            if isinstance(model, Module):
+                cpu_offload(model, self._offload_device, offload_buffers=len(model._parameters) > 0)
 
     def adopt_settings(self, pipeline: DiffusionPipeline) -> None:
         """Show progress as another pipeline does, and offload models as it does, whose components these are."""

@@ -15,7 +15,7 @@ from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_word
 from t2i.pipelines.inversion import InvertingPipeline
 from t2i.pipelines.jobs.batches import BatchPlan, parse_batch_size, write_images, write_new_image
 from t2i.pipelines.jobs.planning import ModelSource, Output, load_pipeline, split_settings
-from t2i.pipelines.jobs.records import Record, build_settings_record, format_model_name, warn_of_other_weights
+from t2i.pipelines.jobs.records import Record, build_settings_record, compare_weights, format_model_name
 from t2i.pipelines.memory_needed import check_batch_fits, find_fitting_count
 from t2i.pipelines.options import ResolvedOptions
 from t2i.pipelines.text2image import Text2ImagePipeline
@@ -45,17 +45,18 @@ def generate_files(
     batch_size: str | int | None = None,
     resume: bool = False,
     like: Record | None = None,
+    is_chosen: bool = True,
 ) -> Iterator[Path]:
     """Draw `output.count` images for each prompt, write each batch as soon as it is drawn, and yield the paths.
 
-    Without prompts the decoder gets a zero embedding, and steering decides what is drawn. Several processes share the
-    batches.
+    Without prompts the decoder gets a zero embedding, and steering decides what is drawn. Processes share the batches.
 
     Args:
         settings: arguments and options of `Text2ImagePipeline`.
         batch_size: images drawn at once; "auto" and None are 16, or fewer if they do not fit into memory.
         resume: skip images that the folder contains already.
         like: record of the image whose settings these are; other weights than its own are logged.
+        is_chosen: False for a default model, which must have the weights of `like` if it has its name.
 
     Raises:
         InputError: for a value that is not allowed, before the model loads where that is possible.
@@ -84,13 +85,12 @@ def generate_files(
     report_unknown_words(pipeline, collect_texts({"prompt": prompts} | arguments))  # of all batches, before the first
 
     # Record how the images are drawn
-    uses_prior = bool(prompts) and pipeline.prior is not None
-    used = build_settings_record(source, settings, resolved, uses_prior)
+    used = build_settings_record(source, settings, resolved, bool(prompts) and pipeline.prior is not None)
     weights = {name: getattr(pipeline, name) for name in DRAWING_COMPONENTS}
     used["weights"] = compute_brief_fingerprint(weights, format_scheduler_configs(pipeline.components))
     texts = [prompt for prompt in inputs for _ in range(output.count)]
     records = build_records("prompt", texts, first_seed, source.model, used)
-    warn_of_other_weights(like or {}, records[0])
+    compare_weights(like or {}, records[0], is_chosen)
 
     # Draw
     drawer = PromptDrawer(pipeline, records, arguments, resolved, bool(prompts), plan.rank.local_world_size)

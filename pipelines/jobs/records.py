@@ -14,6 +14,7 @@ from t2i.pipelines.options import PRIOR_OPTION_NAMES, ResolvedOptions
 
 from t2i import __version__
 from t2i.diffusion.guidance import Guidance
+from t2i.errors import InputError
 from t2i.files.image_records import DAMAGED_FILE_ERRORS, open_png, read_record
 from t2i.sampling.steering import Steering
 
@@ -56,11 +57,19 @@ def build_settings_record(
     return {name: convert_to_json_value(value) for name, value in record.items()}
 
 
-def warn_of_other_weights(like: Record, record: Record) -> None:
-    """Log a warning if a record names the same model as the one that it is to be like, but has other weights."""
+def compare_weights(like: Record, record: Record, is_chosen: bool) -> None:
+    """Log a warning if a record names the same model as the one that it is to be like, but has other weights.
+
+    is_chosen: the user chose the model. Else it has the name alone in common, and other weights raise InputError.
+    """
     sources = ("model", "prior", "clip", "upsampler", "dtype")
     if "weights" not in like or any(like.get(name) != record.get(name) for name in sources):
         return
+    if like["weights"] != record["weights"] and not is_chosen:
+        raise InputError(
+            f"the image was drawn with another model {record['model']!r} than the default one: its weights are "
+            f"{like['weights']!r:.80}, not {record['weights']!r}; give --model"
+        )
     if like["weights"] != record["weights"]:
         changed = "the model %r has changed since the image was drawn: its weights were %r and are %r; this one differs"
         logger.warning(changed, record["model"], like["weights"], record["weights"])

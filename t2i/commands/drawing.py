@@ -89,8 +89,8 @@ def generate(
     # Draw
     dtypes = parse_dtypes(dtype or likeness.list_dtypes())
     model = source.build(upsampler=upsampling.upsampler, dtype=dtypes, compile=compile)
-    resume = file is not None
-    return generate_files(texts, model, output.build(), settings, batch_size, resume, likeness.record)
+    resume, is_chosen = file is not None, source.model is not None
+    return generate_files(texts, model, output.build(), settings, batch_size, resume, likeness.record, is_chosen)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from t2i.bulk import BulkJob
 from t2i.commands import SHIPPED_MODEL, flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
@@ -41,16 +42,25 @@ COMMAND_KEYS = {
 
 @app.command()
 def show(
-    image: Annotated[Path, argument("PNG file.")],
-    as_json: Annotated[bool, option("Print a JSON object.", None, "--json")] = False,
+    images: Annotated[list[Path], argument("PNG files.")],
+    as_json: Annotated[bool, option("Print a JSON object; of several images, by name.", None, "--json")] = False,
 ) -> None:
-    """Print the settings that an image was drawn with, from its PNG file, one a line."""
-    settings, _ = read_stored_settings(image)
+    """Print the settings that images were drawn with, from their PNG files, one a line."""
+    job, found = BulkJob(len(images)), {}
+    for path in images:
+        with job.skip_bad_input(path, OSError):
+            found[str(path)], _ = read_stored_settings(path)
+    job.check_any_left()
     if as_json:
-        print(json.dumps(settings, indent=1))
-        return
-    for name, value in settings.items():
-        print_line(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+        print(json.dumps(found if job.total > 1 else next(iter(found.values())), indent=1))
+    else:
+        for number, (file, settings) in enumerate(found.items()):
+            if number:
+                print_line("")
+            named = {"file": file, **settings} if job.total > 1 else settings
+            for name, value in named.items():
+                print_line(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    job.finish()
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,10 @@ class Likeness:
         return [self.record["prompt"]] if self.record.get("prompt") else []
 
     def check_named_files(self, **given: Any) -> None:
-        """Raise InputError for a file that the record names and no option gives. The shipped model needs no option."""
+        """Raise InputError for a file that the record names and no option gives.
+
+        A model of the shipped one's name needs no option; whether it is that one, its weights tell when it is loaded.
+        """
         for name in NAMED_FILES:
             recorded = self.record.get(name)
             is_shipped = name == "model" and recorded == SHIPPED_MODEL.name

@@ -40,8 +40,8 @@ def read_record(image: Image.Image) -> dict[str, Any] | None:
 def read_stored_settings(path: Path) -> tuple[dict[str, Any], bool]:
     """Return the settings in a PNG file by name, with its size, and whether they are a record of this project.
 
-    Without a record they are those of the text "parameters", as texts. Raises InputError for a file that is missing,
-    damaged, no PNG file or without settings.
+    Without a record they are those of the text "parameters", as texts, and the size is the one that they name, if any.
+    Raises InputError for a file that is missing, damaged, no PNG file or without settings.
     """
     if not path.is_file():  # opening a pipe would block
         raise InputError(f"no file {str(path)!r}; give a PNG file")
@@ -60,7 +60,8 @@ def read_stored_settings(path: Path) -> tuple[dict[str, Any], bool]:
         return {**record, "size": size}, True
     if not isinstance(parameters, str):
         raise InputError(f"{str(path)!r} contains no settings")
-    return parse_parameters(parameters) | {"size": size}, False
+    settings = parse_parameters(parameters)
+    return settings if "Size" in settings else settings | {"size": size}, False
 
 
 def parse_parameters(text: str) -> dict[str, str]:

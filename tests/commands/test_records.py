@@ -61,7 +61,7 @@ def test_show_reads_the_parameters_of_other_programs_and_ours(monkeypatch, capsy
     found = json.loads(out)
     assert (status, err) == (0, "") and found.pop("Version")
     expected = {"prompt": "two\nlines", "negative_prompt": "a dog", "Steps": "4", "CFG scale": "1.5", "Seed": "3"}
-    assert found == {**expected, "Model": "my, own: model", "Size": "8x6", "size": "8x6"}
+    assert found == {**expected, "Model": "my, own: model", "Size": "8x6"}
 
 
 def test_what_has_no_settings_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
@@ -86,6 +86,21 @@ def test_what_has_no_settings_is_one_line_and_exit_status_2(monkeypatch, capsys,
         status, out, err = run(monkeypatch, capsys, "show", write_texts(tmp_path / f"{name}.png", **texts))
         assert (status, out) == (2, "") and err.count("\n") == 1
         assert ("contains no settings" if name == "plain" else "is damaged") in err
+
+
+def test_several_files_are_shown_by_name_and_bad_ones_are_left_out(monkeypatch, capsys, tmp_path):
+    good = [write(tmp_path / "a.png", RECORD), write_texts(tmp_path / "c.png", parameters="a dog\nSteps: 9, Seed: 3")]
+    (tmp_path / "b.png").write_text("<html>")
+    words = ["show", good[0], tmp_path / "b.png", good[1]]
+    status, out, err = run(monkeypatch, capsys, *words)
+    first, second = out.split("\n\n")
+    assert first.splitlines()[0] == f"file: {good[0]}" and "seed: 3" in first.splitlines()
+    assert second.splitlines() == [f"file: {good[1]}", "prompt: a dog", "Steps: 9", "Seed: 3", "size: 8x6"]
+    assert status == 2 and "left out: " in err and "1 of 3 images were left out, all others done" in err
+    status, out, err = run(monkeypatch, capsys, *words, "--json")
+    assert status == 2 and list(json.loads(out)) == [str(path) for path in good]
+    status, out, err = run(monkeypatch, capsys, "show", tmp_path / "b.png", tmp_path / "none.png")
+    assert (status, out) == (2, "") and "none of 2 images can be used" in err
 
 
 def test_show_imports_no_torch(tmp_path):
@@ -155,6 +170,23 @@ def test_a_model_that_has_changed_is_named(monkeypatch, capsys, caplog, pipeline
     shutil.rmtree(folder)
     status, _, err = run(monkeypatch, capsys, *words, "--model", folder)
     assert status == 2 and str(folder) in err and err.count("\n") == 1
+
+
+def test_a_model_that_has_the_name_of_the_shipped_one_alone_must_be_given(
+    monkeypatch, capsys, caplog, pipeline_folder, tmp_path
+):
+    shipped = shutil.copytree(pipeline_folder, tmp_path / "emoji")
+    monkeypatch.setattr("t2i.commands.flags.SHIPPED_MODEL", shipped)
+    monkeypatch.setattr("t2i.pipelines.jobs.generation.compute_brief_fingerprint", lambda *_: "1234")
+    record = {**RECORD, "prompt": "red circle"}
+    other = write(tmp_path / "a.png", record | {"weights": "abcd"})
+    words = ["generate", *QUICK, "--out", tmp_path / "out", "--like"]
+    status, out, err = run(monkeypatch, capsys, *words, other)
+    assert (status, out) == (2, "") and not (tmp_path / "out").exists()
+    assert "another model 'emoji' than the default one: its weights are 'abcd', not '1234'; give --model" in err
+    assert run(monkeypatch, capsys, *words, write(tmp_path / "b.png", record | {"weights": "1234"}))[0] == 0
+    assert run(monkeypatch, capsys, *words, other, "--model", shipped)[0] == 0
+    assert "has changed since the image was drawn" in caplog.text
 
 
 @pytest.mark.parametrize(
