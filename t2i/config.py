@@ -31,7 +31,7 @@ class DataConfig:
     bucket_step: int = 64  # pixels; sides of buckets are multiples of it
     max_ratio: float = 2.0  # of a bucket's longer side to its shorter side
     max_crop: float = 1.0  # leave out images of which a crop would take more than this fraction
-    crop: str = "center"  # or random: another part of the image each time; CLIP sees the whole image
+    crop: str = "center"  # or random: another part of the image each time, which CLIP sees too
     flip: bool = False  # mirror half of the images, chosen anew each time
 
     def __post_init__(self) -> None:

@@ -75,6 +75,28 @@ def test_random_crops_are_functions_of_the_draw_and_reach_both_ends():
     assert view.image.equal(to_tensor(image, 32)) and view.seen is None
 
 
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
+def test_clip_sees_the_part_that_a_draw_chooses(shape):
+    """Of a ramp along x: the middle of what CLIP sees is that of what is trained on."""
+    image = Image.new("RGB", (256, 64))
+    for x in range(256):
+        image.paste((x, 0, 0), (x, 0, x + 1, 64))
+    middles = []
+    for alone in (False, True):
+        framing, plain = Framing("random", False, Resizing((16,), 16), alone), Framing(seen=Resizing((16,), 16))
+        for draw in range(1, 100):
+            view = framing.frame(image, shape, draw)
+            trained, seen = Framing("random").frame(image, shape, draw).image, view.image if alone else view.seen
+            assert abs(seen[0].mean() - trained[0].mean()) < 0.02 and seen.shape == (3, 16, 16)
+            middles.append(float(seen[0].mean()))
+        assert framing.frame(image, shape, 0)[not alone].equal(plain.frame(image, shape, 5).seen)
+    end = 1 - shape[1] / (256 * shape[0] / 64)  # the middle of the last part
+    assert [min(middles), max(middles)] == pytest.approx([-end, end], abs=0.03) and middles[:99] == middles[99:]
+    # A CLIP that sees the squares that are trained on sees those that are drawn
+    framing = Framing("random").set_clip(build_clip(32), DataConfig("x", 32), alone=False)
+    assert framing.seen is None
+
+
 def test_half_of_the_draws_mirror_a_picture_for_both_models():
     framing, image = Framing(flip=True, seen=Resizing((16,), 16)), noise(60, 40)
     plain = framing.frame(image, (24, 40))
