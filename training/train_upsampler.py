@@ -98,6 +98,13 @@ class RandomCrops(CaptionedPictures):
                 raise InputError(
                     f"the cache {config.cache!r} has no image embeddings of the split {split} of {config.data.path!r}"
                 )
+            # z_i is that of the image as it is drawn: mirrored or not, and cropped as it was encoded
+            config.data.check_center_crops()
+            if (before := self.embeddings.made_from.get("flip", False)) != config.data.flip:
+                raise InputError(
+                    f"the cache {config.cache!r} was made with data.flip={before}, now {config.data.flip}; "
+                    "make a new cache, or use what it was made with"
+                )
 
     @property
     def buckets(self) -> None:  # type: ignore[override]
@@ -112,7 +119,8 @@ class RandomCrops(CaptionedPictures):
         z_i = None
         if self.embeddings is not None:
             # By `batch.index`, because a sample that cannot be read is replaced by another
-            z_i = self.embeddings.__getitems__([(index, 0) for index in batch.index.tolist()]).image_embeds
+            read = [(index, draw) for index, (_, draw) in zip(batch.index.tolist(), keys)]
+            z_i = self.embeddings.__getitems__(read).image_embeds
         return replace(batch, image_embeds=z_i)
 
     def crop_image(self, image: Tensor, draw: int) -> Tensor:
@@ -127,6 +135,7 @@ def main(config: Config) -> None:
     datasets = open_datasets(config.data)
     crops = {split: RandomCrops(config, split, pictures.manifest) for split, pictures in datasets.items()}
     dataset, held_out = crops["train"], crops.get("held_out")
+    dataset.left_out = datasets["train"].left_out  # for the line about it; its manifest has none of them
     accelerator = build_accelerator(config.train)
     # The model
     scheduler = build_noise_scheduler(config.scheduler)

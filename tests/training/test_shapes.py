@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -229,6 +230,20 @@ def test_an_autoencoder_trains_on_several_shapes(mixed, tmp_path):
     values = torch.cat(latents, dim=1).double()
     torch.testing.assert_close(values.mean(dim=1), torch.zeros(4).double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(values.std(dim=1, correction=0), torch.ones(4).double(), atol=1e-5, rtol=0)
+
+
+def test_an_upsampler_gets_the_embeddings_of_mirrored_pictures_where_they_are_mirrored(mixed, runs, cache):
+    module = import_module("t2i.training.train_upsampler")
+    data = DataConfig(str(mixed), **DATA, flip=True)
+    config = module.Config(factor=2, crop_size=24, cache=str(cache), data=data)
+    crops, live = module.RandomCrops(config), FrozenModels(data, str(runs / "clip"), None, False)
+    keys = [(index, draw) for index in (0, 7, 8) for draw in range(1, 7)]
+    assert len({is_flipped(draw) for _, draw in keys}) == 2
+    expected = live.encode(live.dataset.__getitems__(keys)).image_embeds
+    torch.testing.assert_close(crops.__getitems__(keys).image_embeds, expected, atol=1e-5, rtol=0)
+    for name, value, message in (("flip", False, "made with data.flip=True, now False"), ("crop", "random", "crop=")):
+        with pytest.raises(InputError, match=message):
+            module.RandomCrops(replace(config, data=replace(data, **{name: value})))
 
 
 def test_an_upsampler_trains_on_squares_of_pictures_of_every_shape(mixed, tmp_path):
