@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from t2i import (
     ImageToImagePipeline,
@@ -18,6 +19,7 @@ from t2i import (
     PriorPipeline,
     Text2ImagePipeline,
 )
+from tests.commands.test_cli import run
 from tests.helpers.habits import PRIOR, QUICK, differs, draw, other, photo, refuse, same, works
 from tests.helpers.kandinsky_folders import kandinsky_22_controlnet, kandinsky_22_prior
 from tests.helpers.karlo_folders import karlo
@@ -228,3 +230,29 @@ def mix_texts_and_pictures(pipe: Any) -> None:
 def give_what_is_not_taken(pipe: Any) -> None:
     refuse(pipe, clip_skip=1)
     refuse(pipe, cross_attention_kwargs={})
+
+
+@works('"PNG info" of a web UI')
+def read_settings_of_an_image(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    theirs = PngInfo()
+    theirs.add_text("parameters", "a cat\nNegative prompt: a dog\nSteps: 20, Sampler: Euler a, Seed: 3, Size: 8x8")
+    photo(8, 8).save(tmp_path / "a.png", pnginfo=theirs)
+    status, out, _ = run(monkeypatch, capsys, "show", tmp_path / "a.png")
+    shown = ["prompt: a cat", "negative_prompt: a dog", "Steps: 20", "Sampler: Euler a", "Seed: 3", "Size: 8x8"]
+    assert status == 0 and out.splitlines() == shown
+
+
+@differs('"send to txt2img"')
+def draw_with_the_settings_of_an_image(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, pipeline_folder: Path, tmp_path: Path
+) -> None:
+    words = ["generate", "--model", pipeline_folder, "--out"]
+    settings = ["red circle", "--seed", 7, "--steps", 2, "--prior-steps", 2, "--guidance-scale", 3]
+    _, out, _ = run(monkeypatch, capsys, *words, tmp_path / "one", *settings)
+    first = Path(out.strip())
+    _, out, _ = run(monkeypatch, capsys, *words, tmp_path / "two", "--like", first)
+    again = Path(out.strip())
+    assert again != first and again.read_bytes() == first.read_bytes()
+    photo(8, 8).save(tmp_path / "a.png")
+    status, _, err = run(monkeypatch, capsys, *words, tmp_path / "two", "--like", tmp_path / "a.png")
+    assert status == 2 and "contains no settings" in err

@@ -37,7 +37,7 @@ from tests.helpers.offloading import (
 )
 from tests.helpers.profiles import DISPLAY_P3, p3_to_srgb, rgb_profile
 from tests.helpers.samples import checked, reasons
-from tests.helpers.stages import seeds
+from tests.helpers.stages import seeds, train
 
 # Callbacks
 
@@ -138,6 +138,20 @@ def choose_a_sampler(pipe: Any) -> None:
     other(draw(pipe, sampler="dpmsolver++", **LATENTS), plain, 1e-5)
     assert pipe.scheduler is scheduler
     same(draw(pipe, **LATENTS), plain, atol=0)
+
+
+@works("training by flow matching")
+def train_a_flow(pipe: Any, shapes: Path, runs: Path, tmp_path: Path) -> None:
+    left_out = dict.fromkeys(("scheduler.beta_schedule", "scheduler.clip_sample", "scheduler.timestep_spacing"), "null")
+    flow = {"scheduler.prediction_type": "flow_prediction", "scheduler.shift": 3} | left_out
+    train("decoder", shapes, tmp_path, 1, clip=runs / "clip", autoencoder=runs / "autoencoder", **flow)
+    folder = tmp_path / "decoder"
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    parts = pipe.components | {
+        "decoder": type(pipe.decoder).from_pretrained(folder / "model"),
+        "decoder_scheduler": scheduler,
+    }
+    assert scheduler.shift == 3 and draw(Text2ImagePipeline(**parts)).isfinite().all()
 
 
 # Memory and offloading
