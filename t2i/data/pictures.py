@@ -159,7 +159,11 @@ def check_image_header(file: Image.Image, max_pixels: int | None = None) -> None
     if file.format != "MPO" and (frames := getattr(file, "n_frames", 1)) > 1:
         raise RejectedSample(Reason.animated, f"{file.format} of {frames} frames")
     if file.mode not in PILLOW_MODES and not file.mode.startswith("I"):
-        raise RejectedSample(Reason.unsupported_format, f"{file.format} of mode {file.mode}")
+        # Of an image in memory the caller knows the range; in a folder, one file's values say nothing about another's
+        advice = (
+            "; a file does not state the range of such values, save it with 8 or 16 bits" if file.mode == "F" else ""
+        )
+        raise RejectedSample(Reason.unsupported_format, f"{file.format} of mode {file.mode}{advice}")
 
 
 def to_rgb(image: Image.Image, reading: Reading = READING) -> Image.Image:

@@ -17,6 +17,7 @@ from t2i.data import CaptionedPictures, open_image
 from t2i.data.manifest import METADATA_KEY, write_manifest
 from t2i.data.picture_files import compute_picture_digest
 from t2i.data.pictures import Reading, decode_image, is_converted, silence_pillow
+from t2i.errors import InputError
 from t2i.evaluation.picture_sets import FolderPictures
 from t2i.sampling.steering import read_image_tensor
 from tests.helpers.profiles import SRGB, cmyk_profile, decode, gamma, grey_profile, lab_to_srgb, p3_to_srgb, rgb_profile
@@ -291,3 +292,9 @@ def test_a_pil_picture_is_turned_upright_as_its_exif_says():
     assert upright.shape == (3, 20, 10) and upright[0, 2, 5] == -1 and upright[0, 17, 5] == 1
     assert opened.size == (20, 10)  # the caller's image stays as it was
     assert read_masks(opened, 1, (20, 10))[0, 0, 17, 5] == 1
+
+
+def test_a_file_of_floating_point_values_is_refused_with_what_to_do(tmp_path):
+    Image.fromarray(RAMP).convert("F").save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="TIFF of mode F; a file does not state .* save it with 8 or 16 bits"):
+        open_image(tmp_path / "a.tiff")
