@@ -110,13 +110,13 @@ def check_stage_inputs(
         raise InputError("this decoder is a ControlNet, which does not inpaint; use another decoder")
     check_stage_options(pipeline, prior, decoder)
     check_image_sides(pipeline, decoder, canvas)
-    if decoder.steering is not None:
-        check_steering(decoder.steering, pipeline.clip, pipeline.autoencoder, count)
     # The options' sides are checked before, against the trained size; noise has the canvas' size
     if canvas is not None:
         decoder = replace(decoder, height=canvas[0], width=canvas[1])
     # Tensors of the caller have the shapes of what is drawn
     channels, *latent_sides = pipeline.compute_latent_shape(decoder)
+    if decoder.steering is not None:
+        check_steering(decoder.steering, pipeline.clip, pipeline.autoencoder, count, min(latent_sides))
     height, width = (side * pipeline.autoencoder.factor for side in latent_sides)
     embeds_shape = (count, pipeline.clip.embed_dim)
     if prior is not None:
@@ -220,8 +220,6 @@ def check_image_sides(pipeline: Any, options: DecoderOptions, canvas: tuple[int,
             continue
         if canvas is not None:
             raise InputError(f"{name} is {side}, but images that are painted in keep their size; leave it out")
-        if options.steering is not None:
-            raise InputError(f"{name} must be {trained_side} for images that are steered, got {side}")
         check_multiple_of(name, side, pipeline.autoencoder.factor * pipeline.decoder.latent_multiple)
 
 

@@ -28,7 +28,9 @@ from t2i.pipelines.stages import Canvas, run_decoder_stage
 from torch import Generator, Tensor
 
 from t2i.checks import check_integer
+from t2i.data.buckets import MIN_AREA
 from t2i.diffusion.inpainting import downsample_mask, paste_painted_region
+from t2i.diffusion.windows import compute_window_shape
 from t2i.errors import InputError
 
 MAX_MARGIN = 4096
@@ -48,7 +50,7 @@ class PaintedImages(NamedTuple):
 
 
 class InpaintPipeline(UnCLIPPipeline):
-    """Image and mask -> image, of any size from the decoder's own on; larger ones in overlapping windows."""
+    """Image and mask -> image, of any shape with about the decoder's own area; larger ones in overlapping windows."""
 
     @declare_pipeline_call(idle=IDLE_TEXTS)
     def __call__(
@@ -152,7 +154,8 @@ class InpaintPipeline(UnCLIPPipeline):
         sides, repeats = (height, width), redrawing.images_per_prompt
         check_stage_inputs(self, redrawing.prior, decoder, count, canvas=sides, images_per_prompt=repeats)
         sized = replace(decoder, height=height, width=width)
-        check_batch_fits(self, redrawing.prior, sized, count, window=self.latent_shape[-1])
+        window = compute_window_shape(*self.compute_latent_shape(sized)[1:], self.latent_shape[-1])
+        check_batch_fits(self, redrawing.prior, sized, count, window=window)
 
         # Decoded images are cropped to the given ones' size, and show the given pixels where nothing is painted
         whole, inside = (x.repeat_interleave(repeats, dim=0).to(padded.device) for x in (given.images, given.masks))
@@ -179,16 +182,21 @@ class InpaintPipeline(UnCLIPPipeline):
 
     def pad_to_latent_cells(self, x: Tensor) -> Tensor:
         """Pad images or masks, (P, 3 or 1, H, W), to whole latents: images repeat their border, masks get zeros."""
-        right, bottom = (-side % self.autoencoder.factor for side in (x.shape[-1], x.shape[-2]))
+        multiple = self.autoencoder.factor
+        # A canvas that is narrower than the square windows is denoised in its own width
+        if min(x.shape[-2:]) < self.image_size:
+            multiple *= self.decoder.latent_multiple
+        right, bottom = (-side % multiple for side in (x.shape[-1], x.shape[-2]))
         return F.pad(x, (0, right, 0, bottom), mode="constant" if x.shape[1] == 1 else "replicate")
 
     def check_canvas_size(self, images: Tensor) -> None:
-        """Refuse images that are smaller than those that the decoder was trained on."""
+        """Refuse images with fewer pixels than the shapes that a decoder may have been trained on."""
         height, width = images.shape[-2:]
-        if min(height, width) < self.image_size:
+        if height * width < MIN_AREA * self.image_size**2:
+            square = f"{self.image_size} x {self.image_size}"
             raise InputError(
-                f"image is {width} x {height} pixels; this model paints images of {self.image_size} x "
-                f"{self.image_size} or more: enlarge it, or outpaint it to that size"
+                f"image is {width} x {height} pixels; this model paints images of about {square} or more: "
+                "enlarge it, or outpaint it to that size"
             )
 
 

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from t2i.pipelines.options import DecoderOptions, PriorOptions
 from torch import nn
 
+from t2i.data.buckets import Shape
 from t2i.errors import InputError
 from t2i.networks.unet_steps import can_pack_weights, is_supported_unet
 from t2i.networks.upsampler import LowResolution
@@ -47,14 +48,14 @@ def check_batch_fits(
     decoder: DecoderOptions,
     count: int,
     processes: int = 1,
-    window: int | None = None,
+    window: Shape | None = None,
 ) -> None:
     """Raise BatchTooLargeError, before any work, if a batch of `count` images certainly needs more memory than is free.
 
     Args:
         prior: None if the prior is not used.
         processes: processes of this machine that draw such a batch at the same time.
-        window: side of the parts of the latents that the decoder denoises one after another; None denoises them whole.
+        window: sides of the parts of the latents that the decoder denoises one after another; None denoises them whole.
     """
     device = pipeline._execution_device
     memory = measure_available_memory(device).divide_by_processes(processes)
@@ -83,7 +84,7 @@ def find_fitting_count(
     decoder: DecoderOptions,
     count: int,
     free: float,
-    window: int | None = None,
+    window: Shape | None = None,
 ) -> int:
     """Return `count`, halved (rounding up) until a batch needs at most `free` bytes; 0 if one image needs more."""
     while not has_ample_memory(pipeline, decoder, count, free):
@@ -105,7 +106,7 @@ def has_ample_memory(pipeline: Any, decoder: DecoderOptions, count: int, free: f
 
 
 def count_bytes_needed(
-    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, window: int | None = None
+    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, window: Shape | None = None
 ) -> int:
     """Return the peak of bytes that drawing `count` images allocates, without the weights: that of the largest stage.
 
@@ -120,7 +121,7 @@ def count_bytes_needed(
 
 
 def collect_stage_workloads(
-    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, window: int | None = None
+    pipeline: Any, prior: PriorOptions | None, decoder: DecoderOptions, count: int, window: Shape | None = None
 ) -> dict[str, Callable[[Any], object]]:
     """Return, by component, a function of the model that allocates as much as its stage does at its peak.
 
@@ -148,7 +149,7 @@ def collect_stage_workloads(
 
     # Guidance doubles the rows of the denoisers
     decoder_rows = count if decoder.guidance_scale.is_off else 2 * count
-    height_seen, width_seen = (min(side, window or side) for side in (height, width))
+    height_seen, width_seen = window or (height, width)
     workloads: dict[str, Callable[[Any], object]] = {
         "decoder": lambda model: run_denoiser(model, decoder_rows, channels, height_seen, width_seen),
         "autoencoder": lambda model: model.decode(torch.empty(count, channels, height, width, dtype=model.dtype)),

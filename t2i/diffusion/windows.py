@@ -22,21 +22,32 @@ class Window:
         return x[..., self.rows, self.columns]
 
 
+def compute_window_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return the sides of the windows of a canvas: squares, or the whole canvas if it is no larger than one.
+
+    A canvas that is narrower than a square has windows of its own width.
+    """
+    if height * width <= size * size:
+        return height, width
+    return min(height, size), min(width, size)
+
+
 def build_canvas_windows(height: int, width: int, size: int) -> list[Window]:
-    """Return squares that cover a canvas and overlap by at least half; a canvas of that size is one square.
+    """Return parts that cover a canvas and overlap by at least half; see `compute_window_shape`. size: of a square.
 
     Their weight falls from the middle to the borders (Bar-Tal et al. 2023 take the plain average).
     """
+    sides = compute_window_shape(height, width, size)
 
-    def build_slices(length: int) -> list[slice]:
-        count = 1 + -(-(length - size) // max(1, size // 2))
-        starts = [round(i * (length - size) / max(1, count - 1)) for i in range(count)]
-        return [slice(start, start + size) for start in starts]
+    def build_slices(length: int, side: int) -> list[slice]:
+        count = 1 + -(-(length - side) // max(1, side // 2))
+        starts = [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
+        return [slice(start, start + side) for start in starts]
 
     # At the pixels' centres, so that no weight is 0 and every pixel has a prediction
-    ramp = 1 - ((torch.arange(size) + 0.5) / size * 2 - 1).abs()
-    weight = ramp[:, None] * ramp
-    return [Window(rows, columns, weight) for rows in build_slices(height) for columns in build_slices(width)]
+    down, across = (1 - ((torch.arange(side) + 0.5) / side * 2 - 1).abs() for side in sides)
+    rows, columns = build_slices(height, sides[0]), build_slices(width, sides[1])
+    return [Window(part, other, down[:, None] * across) for part in rows for other in columns]
 
 
 def build_windowed_predict(predicts: Sequence[Predict], windows: Sequence[Window]) -> Predict:

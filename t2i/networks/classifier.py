@@ -80,8 +80,13 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         self.to_class = nn.Linear(2 * widths[-1], len(classes))
         self.to_embedding = nn.Linear(2 * widths[-1], embed_dim)
 
+    @property
+    def min_latent_side(self) -> int:
+        """The least side of latents, which are halved between the widths."""
+        return 2 ** (len(self.config.widths) - 1)
+
     def forward(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits, (B, classes), and z_i of unit length, (B, D), of noisy latents x, (B, C, S, S).
+        """Return logits, (B, classes), and z_i of unit length, (B, D), of noisy latents x, (B, C, H, W).
 
         level: (B,) in [0, 1], see `compute_noise_level`.
         """

@@ -69,8 +69,11 @@ class Steering:
         return {"scale": self.scale, **{name: value for name, value in goal.items() if value is not None}}
 
 
-def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: int) -> None:
-    """Refuse steering that does not fit this pipeline, or `count` images. Raises InputError."""
+def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: int, latent_side: int) -> None:
+    """Refuse steering that does not fit this pipeline, or `count` images. Raises InputError.
+
+    latent_side: the shorter side of their latents.
+    """
     if not isinstance(steering, Steering):
         raise InputError(f"steering must be a Steering, got {steering!r:.80}")
     check_range("steering.scale", steering.scale, 0, MAX_STEERING_SCALE)
@@ -93,6 +96,9 @@ def check_steering(steering: Any, clip: CLIP, autoencoder: Autoencoder, count: i
         raise InputError("steering.class_name needs a classifier; `t2i train classifier` makes one")
     if steering.classifier is not None:
         check_steering_classifier(steering.classifier, clip, autoencoder, embeds=key != "class_name")
+        if latent_side < (least := steering.classifier.min_latent_side):
+            pixels = least * autoencoder.factor
+            raise InputError(f"steering.classifier needs images of {pixels} x {pixels} or more; draw larger ones")
         for class_name in ensure_list(steering.class_name):
             steering.classifier.find_class_index(class_name)
 

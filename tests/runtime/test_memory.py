@@ -189,13 +189,13 @@ def test_a_canvas_is_counted_as_it_is_painted_in_windows_that_the_autoencoder_jo
         for pixels in (pipeline.image_size, 8 * pipeline.image_size)
     )
 
-    def peaks(options: Any, window: int | None = None) -> dict[str, int]:
+    def peaks(options: Any, window: tuple[int, int] | None = None) -> dict[str, int]:
         works = collect_stage_workloads(pipeline, *options, 2, window)
         return {name: count_peak_bytes(getattr(pipeline, name), work) or 0 for name, work in works.items()}
 
-    assert peaks(large, side) == peaks(large) | {"decoder": peaks(own)["decoder"]}
+    assert peaks(large, (side, side)) == peaks(large) | {"decoder": peaks(own)["decoder"]}
     assert peaks(large)["decoder"] > 10 * peaks(own)["decoder"]
-    assert peaks(own, side) == peaks(own)
+    assert peaks(own, (side, side)) == peaks(own)
 
 
 def test_a_given_noise_of_the_prior_is_that_of_one_candidate(pipeline: Any) -> None:

@@ -135,6 +135,21 @@ def test_a_steered_picture_does_not_depend_on_its_batch(pipeline, classifier):
     torch.testing.assert_close(alone, both[:1], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("judge", ["class", "embedding", "clip"])
+def test_images_of_other_shapes_are_steered(pipeline, classifier, judge):
+    goal = {"class_name": "red"} if judge == "class" else {"text": "red"}
+    goal |= {} if judge == "clip" else {"classifier": classifier}
+    plain, moved = (draw(pipeline, Steering(scale, **goal), 1, width=48, num_inference_steps=3) for scale in (0, 4))
+    assert plain.shape == (1, 4, 8, 12) and moved.isfinite().all() and not torch.equal(plain, moved)
+
+
+def test_images_that_a_classifier_cannot_halve_are_refused(pipeline, classifier):
+    assert classifier.min_latent_side <= 8
+    classifier.register_to_config(widths=[8] * 5)
+    with pytest.raises(InputError, match="classifier needs images of 64 x 64 or more"):
+        draw(pipeline, Steering(1.0, classifier, "red"))
+
+
 def test_what_cannot_steer_is_refused_before_any_work(pipeline, classifier, monkeypatch):
     monkeypatch.setattr("t2i.sampling.sample.sample_decoder", lambda *_: pytest.fail("work has started"))
     picture = torch.zeros(1, 3, 8, 8)
