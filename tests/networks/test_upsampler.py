@@ -268,7 +268,7 @@ def test_it_learns_to_draw_what_bicubic_blurs_and_loads_in_a_fresh_process(shape
         folder = Path({str(tmp_path / "upsampler")!r})
         upsampler, scheduler = load_model(Upsampler, folder), load_scheduler(folder / "scheduler")
         pictures = CaptionedPictures(DataConfig({str(shapes)!r}, 32), "held_out")
-        truth = torch.stack([images.load_image(i) for i in range(4)])
+        truth = torch.stack([pictures.load_image(i) for i in range(4)])
         low = reduce_to_low_resolution(truth, 2)
         drawn = sample_upsampler(upsampler.eval(), scheduler, low, Sampling(4, [torch.Generator() for _ in low]))
         print(float((drawn - truth).square().mean()), float((enlarge_low_resolution(low, 2) - truth).square().mean()))
