@@ -24,7 +24,7 @@ def collect_texts(arguments: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
 
 
-def report_unknown_words(pipeline: Any, texts: list[str]) -> list[UnknownWord]:
+def report_unknown_words(pipeline: Any, texts: str | list[str]) -> list[UnknownWord]:
     """Return the words of the texts that are in no caption; log those of each text, once for each pipeline.
 
     pipeline: a `PromptEncoding`, unless there are no texts. For a CLIP without the list of its captions' words, such
@@ -35,7 +35,7 @@ def report_unknown_words(pipeline: Any, texts: list[str]) -> list[UnknownWord]:
         return []
     known, logged = pipeline.clip.tokenizer.known_words, pipeline.logged_texts
     found: dict[UnknownWord, None] = {}
-    for text in texts:
+    for text in wrap_text(texts):
         words = known.find_unknown_words(text)
         found |= dict.fromkeys(words)
         unknown = [word for word in words if not word.is_keyword]
