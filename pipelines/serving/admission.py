@@ -19,10 +19,6 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
-class QueueTimeout(RuntimeError):
-    """A request that waited too long for its turn."""
-
-
 class Draining(RuntimeError):
     """A request that comes while the server shuts down."""
 
@@ -36,10 +32,8 @@ class Ticket:
 
     images: int
     key: str = ""
-    since: float = field(default_factory=time.monotonic)
     admitted: threading.Event = field(default_factory=threading.Event)
     started: float | None = None
-    given_up: bool = False
 
 
 class Admission:
@@ -62,7 +56,8 @@ class Admission:
         self.max_running, self.max_queued = max_running, max_queued
         self.max_queued_per_key = max_queued if max_queued_per_key is None else max_queued_per_key
         self.fits = fits
-        self.lock = threading.Lock()
+        # Reentrant: a signal's handler drains in the thread that may just hold it
+        self.lock = threading.RLock()
         self.queues: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by key; the first one has the next turn
         self.running: set[Ticket] = set()
         self.seconds_per_image = FIRST_GUESS_SECONDS

@@ -61,9 +61,9 @@ class ServerSettings:
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets requests end when it is told to stop, and cancels them when it is told again."""
 
-    def __init__(self, config: uvicorn.Config, api: ImagesApi, drain: float):
+    def __init__(self, config: uvicorn.Config, api: ImagesApi):
         super().__init__(config)
-        self.api, self.drain = api, drain
+        self.api = api
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Refuse new requests at once, then let uvicorn wait for the others."""
@@ -120,6 +120,6 @@ def serve(source: ModelSource, settings: ServerSettings) -> None:
     host, port = listener.getsockname()[:2]
     print(f"{service.name} is served on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
-        DrainingServer(config, api, settings.drain).run(sockets=[listener])
+        DrainingServer(config, api).run(sockets=[listener])
     finally:
         service.close()

@@ -17,7 +17,6 @@ class Job:
 
     def __init__(self, request: DrawRequest, ticket: Ticket):
         self.request, self.ticket, self.events = request, ticket, EventFeed()
-        self.started: float | None = None
 
     # A `Watch`
 
@@ -63,7 +62,6 @@ class Service:
                 raise TimeoutError(f"the request waited {self.queue_timeout:g} seconds for its turn; try again later")
             if job.request.cancelled.is_set():
                 raise Cancelled("cancelled before it began")
-            job.started = time.monotonic()
             images: list[DrawnImage] = self.drawer.draw(job.request, job)
             job.events.put(Event("done", {"images": images}))
         except BaseException as error:

@@ -89,6 +89,13 @@ def test_a_server_that_shuts_down_takes_no_request_and_ends_those_it_has():
     assert list_admitted(waiting) == [True]
 
 
+def test_a_signal_may_drain_while_its_thread_admits():
+    admission = Admission(max_running=1, max_queued=2)
+    with admission.lock:
+        admission.drain()
+    assert admission.draining
+
+
 def test_stored_images_end_by_time_and_by_room(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("t2i.pipelines.serving.store.time.monotonic", lambda: now[0])
