@@ -22,6 +22,7 @@ from t2i.pipelines.serving.errors import ApiError
 from t2i.pipelines.serving.events import Event
 from t2i.pipelines.serving.fields import ROUTES, find_field, read_fields
 from t2i.pipelines.serving.images import MEDIA_TYPES, encode_base64, encode_image
+from t2i.pipelines.serving.page_files import build_page_routes
 from t2i.pipelines.serving.requests import Upload, build_draw_request, check_known_model
 from t2i.pipelines.serving.service import Job, Service
 from t2i.pipelines.serving.store import ImageStore
@@ -57,6 +58,7 @@ class ImagesApi:
             Route("/v1/models/{name:path}", self.show_model),
             Route("/health", self.report_health),
             Route("/ready", self.report_readiness),
+            *build_page_routes(),
         ]
         handlers: dict[Any, Any] = {
             ApiError: send_error,
