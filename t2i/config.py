@@ -27,6 +27,8 @@ class DataConfig:
     balance_by: str | None = None
     neighbours: int = 0  # with balance_by: further images of a value that follow each, such as look-alikes for CLIP
     keyword_alone: float = 0.0  # fraction of captions that are a single keyword, where an image has any
+    in_sentence: float = 0.0  # fraction of captions that are a caption or keyword in one of the sentences
+    sentences: str | None = None  # text file with one sentence a line, each with {} where the caption or keyword stands
     buckets: bool = False  # crop each image to the nearest of several shapes with about as many pixels as the square
     bucket_step: int = 64  # pixels; sides of buckets are multiples of it
     max_ratio: float = 2.0  # of a bucket's longer side to its shorter side
@@ -38,7 +40,9 @@ class DataConfig:
         check_integer("data.image_size", self.image_size, 8, 4096)
         check_integer("data.num_workers", self.num_workers, 0, 256)
         check_integer("data.neighbours", self.neighbours, 0, 1024)
-        check_range("data.keyword_alone", self.keyword_alone, 0, 1)
+        check_fields(self, "data.", keyword_alone=(0, 1), in_sentence=(0, 1))
+        if bool(self.in_sentence) != bool(self.sentences):
+            raise InputError("data.in_sentence and data.sentences need each other: how often, and the file")
         if self.neighbours and self.balance_by is None:
             raise InputError(f"data.neighbours={self.neighbours} needs data.balance_by, the column of the groups")
         check_integer("data.bucket_step", self.bucket_step, 1, 4096)

@@ -2,8 +2,12 @@
 
 import codecs
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
+
+from t2i.errors import InputError
 
 Texts = TypeVar("Texts", bound=Iterable[str])
 
@@ -42,3 +46,13 @@ def decode_text(data: bytes) -> str:
 def split_lines(text: str) -> list[str]:
     """Return the lines of a text as an editor shows them: they end with LF, CR LF or CR, and with nothing else."""
     return LINE_END.split(text)
+
+
+def read_lines(file: Path, content: str) -> list[str]:
+    """Return the lines of a text file without the empty ones; "-" is standard input. `content` names them in errors."""
+    try:
+        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        lines = split_lines(decode_text(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the {content} in {str(file)!r} ({error}); give a UTF-8 text file") from error
+    return [line.strip() for line in lines if normalize_text(line)]

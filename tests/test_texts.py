@@ -9,13 +9,12 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from t2i.checks import check_integer, check_texts
-from t2i.commands import read_lines
 from t2i.data.sources.samples import parse_caption_bytes, parse_labels
 from t2i.errors import InputError
 from t2i.evaluation.retrieval import check_label_templates, embed_labels, normalize_labels
 from t2i.networks.public.clip_tokenizer import CLIPTokenizer
 from t2i.networks.tokenizer import CaptionTokenizer, PublicTokenizer, TextTokenizer
-from t2i.texts import normalize_text, split_lines, wrap_text
+from t2i.texts import normalize_text, read_lines, split_lines, wrap_text
 from tests.helpers.text_encoders import make_tokenizer
 from tests.networks.test_clip import make
 
@@ -133,7 +132,7 @@ def test_numpys_integers_are_integers():
 TEXT_NAMES = ("texts", "captions", "prompts", "prompt", "labels", "templates")
 # A text for each image, row or file: the caller has a list of them. And texts of the command line.
 ONE_A_ROW = {"build_contact_sheet", "build_labelled_rows", "build_similarity_matrix", "draw_clip_preview"}
-ONE_A_ROW |= {"draw", "draw_phrases", "encode_negative_texts", "find_unique_prompts", "pair_names", "vary_caption"}
+ONE_A_ROW |= {"draw", "encode_negative_texts", "find_unique_prompts", "pair_names"}
 ONE_A_ROW |= {"__init__", "parse_dtypes", "parse_guidance_settings", "read_prompts"}
 
 

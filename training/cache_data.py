@@ -159,6 +159,7 @@ def build_cache_key(config: Config, facts: dict[str, Any], datasets: dict[str, C
     # Absent where they are off, as in the keys of caches that are older than the options
     options = {
         "keyword_alone": data.keyword_alone,
+        "sentences": datasets["train"].mix.sentences_digest,
         "flip": data.flip,
         "buckets": config.autoencoder and data.bucket_limits,
     }

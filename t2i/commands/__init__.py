@@ -5,11 +5,8 @@ import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
-from t2i.texts import decode_text, normalize_text, split_lines
 
 SHIPPED_MODEL = find_shipped_folder("models") / "emoji"
 UNUSED_IN_DRAWING = ("peft", "timm")  # diffusers imports the one and open_clip the other, if they are installed
@@ -37,13 +34,3 @@ def speed_up_imports(without: Sequence[str] = UNUSED_IN_DRAWING) -> Iterator[Non
         # Without this, libraries report what is left at exit as a leak.
         atexit.register(gc.unfreeze)
         gc.enable()
-
-
-def read_lines(file: Path, content: str) -> list[str]:
-    """Return the lines of a text file without the empty ones; "-" is standard input. `content` names them in errors."""
-    try:
-        text = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        lines = split_lines(decode_text(text))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the {content} in {str(file)!r} ({error}); give a UTF-8 text file") from error
-    return [line.strip() for line in lines if normalize_text(line)]

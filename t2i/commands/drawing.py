@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from t2i.commands import SHIPPED_MODEL, flags, read_lines
+from t2i.commands import SHIPPED_MODEL, flags
 from t2i.commands.flags import argument, drop_missing, option
 from t2i.commands.records import Likeness
 from t2i.errors import InputError
+from t2i.texts import read_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image

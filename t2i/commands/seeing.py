@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from t2i.bulk import BulkJob
-from t2i.commands import SHIPPED_MODEL, flags, read_lines
+from t2i.commands import SHIPPED_MODEL, flags
 from t2i.commands.flags import argument, option
 from t2i.errors import InputError
 from t2i.terminal import print_line
-from t2i.texts import normalize_text
+from t2i.texts import normalize_text, read_lines
 
 if TYPE_CHECKING:
     from t2i.networks.clip import CLIP

@@ -23,6 +23,7 @@ from t2i.data.buckets import (
     format_shapes_line,
     list_image_shapes,
 )
+from t2i.data.captions import CaptionMix, DrawnCaption
 from t2i.data.framing import Framing, View, describe_clip_input
 from t2i.data.manifest import Manifest, open_manifest, open_manifests
 from t2i.data.pictures import decode_image, silence_pillow
@@ -48,35 +49,6 @@ class SampleText:
     text: str  # the first caption
     keywords: list[str]
     split: str
-
-
-def draw_phrases(captions: list[str], keywords: list[str], rng: random.Random, keyword_alone: float = 0.0) -> list[str]:
-    """Choose the phrases of a caption for one use in training: a caption, one with keywords, or keywords alone.
-
-    keyword_alone: probability of a single keyword, before all else.
-    """
-    text = captions[0] if len(captions) == 1 else rng.choice(captions)
-    if not keywords:
-        return [text]
-    # The order of these draws is part of the format: caches and runs that resume depend on it
-    if keyword_alone and rng.random() < keyword_alone:
-        return [rng.choice(keywords)]
-    keywords = rng.sample(keywords, rng.randint(1, min(4, len(keywords))))
-    kind = rng.random()
-    if kind < 0.5:
-        return [text]
-    return [text, *keywords] if kind < 0.8 else keywords
-
-
-def vary_caption(captions: list[str], keywords: list[str], rng: random.Random, keyword_alone: float = 0.0) -> str:
-    """Choose a caption for one use in training, of the phrases that `draw_phrases` returns.
-
-    It gets an article in a fifth of the cases, if there are keywords.
-    """
-    caption = " ".join(draw_phrases(captions, keywords, rng, keyword_alone))
-    if keywords and rng.random() < 0.2:
-        caption = ("an " if caption[0].lower() in "aeiou" else "a ") + caption
-    return caption
 
 
 @dataclass
@@ -142,7 +114,8 @@ class CaptionedPictures(SampleDataset):
         Only the training split is cropped at random and mirrored. Raises InputError if `max_crop` leaves no sample.
         """
         self.manifest = open_manifest(config.path, split) if manifest is None else manifest
-        self.config, self.keyword_alone = config, config.keyword_alone
+        self.config = config
+        self.mix = CaptionMix.read(config.keyword_alone, config.in_sentence, config.sentences)
         self.reads_images = True  # False: batches have captions alone, for images that a cache encoded before
         self.framing = Framing(config.crop, config.flip) if split == "train" else Framing()
         self.shapes = list_image_shapes(config)
@@ -206,10 +179,9 @@ class CaptionedPictures(SampleDataset):
         InputError if a hundred in a row, or all, cannot be read.
         """
         if not self.reads_images:
-            phrases = [self.get_phrases(index, draw) for index, draw in keys]
+            drawn = [self.draw_caption(index, draw) for index, draw in keys]
             index = torch.tensor([index for index, _ in keys])
-            captions = [self.get_caption(sample, draw) for sample, draw in keys]
-            return Batch(index, captions, phrases=phrases)
+            return Batch(index, [caption.text for caption in drawn], phrases=[caption.phrases for caption in drawn])
         batch, views = self.read_views(keys)
         batch.image, batch.seen = stack_views(views)
         return batch
@@ -261,14 +233,13 @@ class CaptionedPictures(SampleDataset):
         """Return an image, (3, H, W), float32 in [-1, 1]. Raises InputError with the sample's key."""
         return self.load_view(index).image
 
-    def get_caption(self, index: int, draw: int) -> str:
+    def draw_caption(self, index: int, draw: int) -> DrawnCaption:
+        """Return the caption of a draw, and the phrases that it is made of."""
         captions, keywords = self.manifest.get_values(index, "captions", "keywords")
-        return vary_caption(captions, keywords, random.Random(draw), self.keyword_alone)
+        return self.mix.draw(captions, keywords, random.Random(draw))
 
-    def get_phrases(self, index: int, draw: int) -> list[str]:
-        """Return the phrases of `get_caption`: the caption without its article."""
-        captions, keywords = self.manifest.get_values(index, "captions", "keywords")
-        return draw_phrases(captions, keywords, random.Random(draw), self.keyword_alone)
+    def get_caption(self, index: int, draw: int) -> str:
+        return self.draw_caption(index, draw).text
 
     def get_sample_key(self, index: int) -> str:
         return self.manifest.get_values(index, "key")[0]
@@ -278,9 +249,10 @@ class CaptionedPictures(SampleDataset):
         return SampleText(index, key, captions[0], keywords, split)
 
     def iterate_texts(self) -> Iterator[str]:
-        """Yield all words of each sample as one text, to train a tokenizer on."""
+        """Yield all words of each sample as one text, and the sentences of captions, to train a tokenizer on."""
         for row in self.manifest.iterate_rows("captions", "keywords"):
             yield " ".join([*row["captions"], *row["keywords"]])
+        yield from self.mix.sentences
 
     def compute_digest(self) -> str:
         """Return 16 hexadecimal digits of the images, captions, keywords and their order, not of their places."""

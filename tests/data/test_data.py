@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from PIL import Image, features
 
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures, iterate_batches, open_image, to_tensor
-from t2i.data.dataset import vary_caption
 from t2i.data.emoji import noto as emoji_module
 from t2i.data.emoji.keywords import CLDR_FOLDER
 from t2i.data.emoji.names import Emoji, mark_held_out, read_emoji_names
@@ -80,15 +78,6 @@ sys.kept.append(sys.kept)
 def test_a_program_ends_though_it_left_its_batches_open(shapes):
     """Its workers outlive signals, but not those of multiprocessing, which waits for them without end."""
     subprocess.run([sys.executable, "-c", LEFT_OPEN, str(shapes)], check=True, timeout=60)
-
-
-def test_captions_vary_and_repeat_for_the_same_draw():
-    captions = [vary_caption(["cat face"], ["cat", "pet", "kitty"], random.Random(i)) for i in range(300)]
-    assert captions == [vary_caption(["cat face"], ["cat", "pet", "kitty"], random.Random(i)) for i in range(300)]
-    assert {"cat face", "a cat face", "cat", "kitty"} <= set(captions)
-    assert any(caption.startswith("cat face ") for caption in captions)
-    assert vary_caption(["cat face"], [], random.Random(0)) == "cat face"
-    assert {vary_caption(["a cat", "a pet"], [], random.Random(i)) for i in range(20)} == {"a cat", "a pet"}
 
 
 def test_a_picture_that_changed_is_replaced_by_the_next_and_named(shapes, tmp_path):
@@ -244,12 +233,3 @@ def test_emoji_are_drawn_in_colour_with_keywords(tmp_path):
     picture = open_image(tmp_path / "emoji" / rows[0]["file_name"])
     assert picture.size == (64, 64) and picture.getpixel((0, 0)) == (255, 255, 255)
     assert len(picture.getcolors(10_000)) > 50
-
-
-def test_keywords_alone_are_drawn_as_often_as_the_configuration_says():
-    keywords = ["cat", "pet", "kitty"]
-    captions = [vary_caption(["cat face"], keywords, random.Random(i), keyword_alone=0.5) for i in range(2000)]
-    alone = [caption for caption in captions if caption.removeprefix("a ").removeprefix("an ") in keywords]
-    # One of two draws, and of the others 1/15: keywords alone (1/5), and one of them (1/3)
-    assert len(alone) / 2000 == pytest.approx(0.5 + 0.5 / 15, abs=0.03)
-    assert vary_caption(["cat face"], [], random.Random(0), keyword_alone=1.0) == "cat face"

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from t2i.commands import read_lines
 from t2i.config import DataConfig
 from t2i.data import CaptionedPictures
 from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns, parse_captions, parse_split
 from t2i.errors import InputError
+from t2i.texts import read_lines
 from tests.helpers.samples import COLORS, add, checked, color_of, picture, reasons
 
 

@@ -11,6 +11,7 @@ import open_clip
 
 from t2i.config import DataConfig
 from t2i.data.cache import AutoencoderFacts, CachedPairs, ClipFacts, TextEncoderFacts
+from t2i.data.captions import CaptionMix
 from t2i.data.dataset import CaptionedPictures, open_datasets
 from t2i.data.framing import CLIP_INPUT, SQUARES
 from t2i.data.manifest import SPLITS, find_manifest
@@ -49,6 +50,8 @@ def check_cache_freshness(
     pairs: dict[str, tuple[Any, Any]] = {"data.image_size": (cache.made_from["image_size"], data.image_size)}
     if cache.text or cache.tokens:  # older caches have captions without this option
         pairs["data.keyword_alone"] = (cache.made_from.get("keyword_alone", 0.0), data.keyword_alone)
+        digest = CaptionMix.read(data.keyword_alone, data.in_sentence, data.sentences).sentences_digest
+        pairs["data.sentences"] = (cache.made_from.get("sentences"), digest)
     pairs["data.flip"] = (cache.made_from.get("flip", False), data.flip)
     if autoencoder is not None:
         pairs["data.buckets"] = (cache.made_from.get("buckets"), data.bucket_limits)
