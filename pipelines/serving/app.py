@@ -67,6 +67,11 @@ class ImagesApi:
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
+    def close(self) -> None:
+        """End all requests and engines."""
+        for service in self.services.values():
+            service.close()
+
     # Models and health
 
     async def list_models(self, request: Request) -> Response:
@@ -91,7 +96,8 @@ class ImagesApi:
         name = request.path_params["name"]
         if name in ROUTES:  # for other methods
             raise HTTPException(405, headers={"allow": "POST"})
-        found = self.store.find(name)
+        # In a thread, for a store may be on another machine
+        found = await asyncio.to_thread(self.store.find, name)
         if found is None:
             raise ApiError(404, "not_found", "no such image; links to images end after a while")
         data, media_type = found
@@ -130,6 +136,8 @@ class ImagesApi:
                     return found.data["images"]
         finally:
             gone.cancel()
+            # Some servers end this task when the client goes away. A job that has ended takes no harm.
+            service.cancel(job)
 
     def build_response(
         self, request: Request, values: dict[str, Any], images: list[DrawnImage], service: Service

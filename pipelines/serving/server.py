@@ -104,12 +104,18 @@ def build_service(source: ModelSource, settings: ServerSettings) -> Service:
     return Service(name, Drawer(engine, source), admission, settings.queue_timeout)
 
 
+def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore | None = None) -> ImagesApi:
+    """Load a model and return the routes that serve it. store: None keeps images in this process."""
+    service = build_service(source, settings)
+    aliases = dict.fromkeys(settings.aliases, service.name)
+    return ImagesApi({service.name: service}, ImageStore() if store is None else store, aliases)
+
+
 def serve(source: ModelSource, settings: ServerSettings) -> None:
     """Load a model, listen, and answer requests until the process is told to stop."""
     # Refuse an address that cannot be listened on before the model loads
     listener = open_socket(settings.host, settings.port)
-    service = build_service(source, settings)
-    api = ImagesApi({service.name: service}, ImageStore(), {alias: service.name for alias in settings.aliases})
+    api = build_api(source, settings)
     config = uvicorn.Config(
         api.build_app(),
         log_level="warning",
@@ -118,8 +124,8 @@ def serve(source: ModelSource, settings: ServerSettings) -> None:
         server_header=False,
     )
     host, port = listener.getsockname()[:2]
-    print(f"{service.name} is served on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"{next(iter(api.services))} is served on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
         DrainingServer(config, api).run(sockets=[listener])
     finally:
-        service.close()
+        api.close()

@@ -1,5 +1,6 @@
 """The images API as its clients speak it: the unmodified openai client against a server on this machine."""
 
+import asyncio
 import base64
 import io
 import json
@@ -218,3 +219,24 @@ def test_a_client_that_goes_away_ends_its_drawing(service, address):
             return
         threading.Event().wait(0.02)
     pytest.fail("the drawing goes on")
+
+
+def test_a_server_that_ends_the_task_of_a_request_ends_its_drawing(service):
+    app = ImagesApi({"tiny": service}, ImageStore()).build_app()
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    path = "/v1/images/generations"
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    body = json.dumps({"prompt": "long", "steps": 900}).encode()
+
+    async def run() -> None:
+        messages: asyncio.Queue = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        task = asyncio.create_task(app(scope, messages.get, messages.put))
+        while not service.jobs:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        async with asyncio.timeout(10):
+            while service.jobs:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
