@@ -2,40 +2,37 @@
 
 import asyncio
 import json
-import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from t2i.pipelines.serving.admission import Draining, QueueFull
+from t2i.pipelines.serving.api.bodies import read_body
+from t2i.pipelines.serving.api.errors import ApiError
+from t2i.pipelines.serving.api.fields import ROUTES, read_fields
+from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_image
+from t2i.pipelines.serving.api.requests import build_draw_request, check_known_model
+from t2i.pipelines.serving.api.responses import (
+    build_stream_events,
+    describe_output,
+    explain_failure,
+    send_error,
+    send_framework_error,
+    send_internal_error,
+)
 from t2i.pipelines.serving.drawing import DrawnImage
-from t2i.pipelines.serving.engine import Cancelled
-from t2i.pipelines.serving.errors import ApiError
-from t2i.pipelines.serving.events import Event
-from t2i.pipelines.serving.fields import ROUTES, find_field, read_fields
-from t2i.pipelines.serving.images import MEDIA_TYPES, encode_base64, encode_image
 from t2i.pipelines.serving.page_files import build_page_routes
-from t2i.pipelines.serving.requests import Upload, build_draw_request, check_known_model
 from t2i.pipelines.serving.service import Job, Service
 from t2i.pipelines.serving.store import ImageStore
 
-from t2i.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-# Bounds of a form: 16 images, as OpenAI's API takes, and a mask; 64 texts of at most 64 KiB
-MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 17, 64, 65_536
 MAX_RETRY_SECONDS = 60
 KEEPALIVE_SECONDS = 10.0
-FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
 class ImagesApi:
@@ -179,51 +176,6 @@ class ImagesApi:
                 service.cancel(job)
 
 
-def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the names and the data of the events that clients get for an event of a job."""
-    if event.kind == "step":
-        return [("t2i.progress", event.data)] if job.request.progress else []
-    if event.kind == "failed":
-        return [("error", explain_failure(event.data["error"], job).body)]
-    # The images, whole or as previews
-    output_format, compression = values.get("output_format", "png"), values.get("output_compression")
-    if event.kind == "preview":
-        previews = [DrawnImage(image, {}, 0) for image in event.data["images"]]
-        numbered = {"partial_image_index": event.data["number"]}
-        name, images, usage = f"{kind}.partial_image", previews, {}
-    else:
-        name, images, numbered = f"{kind}.completed", event.data["images"], {}
-        usage = {"usage": count_usage()}
-    events = []
-    for index, drawn in enumerate(images):
-        data: dict[str, Any] = {"b64_json": encode_base64(encode_image(drawn, output_format, compression))}
-        data |= {"created_at": int(time.time()), "image_index": index, **describe_output(values, images)}
-        seed = {"seed": drawn.seed} if event.kind == "done" else {}
-        events.append((name, data | numbered | usage | seed))
-    return events
-
-
-def describe_output(values: dict[str, Any], images: list[DrawnImage]) -> dict[str, Any]:
-    """Return the fields of a response that apply to all of its images."""
-    width, height = images[0].image.size
-    return {
-        "size": f"{width}x{height}",
-        "quality": values.get("quality", "auto"),
-        "background": "opaque",
-        "output_format": values.get("output_format", "png"),
-    }
-
-
-def count_usage() -> dict[str, Any]:
-    """Return the tokens of a request, which are not counted here."""
-    return {
-        "input_tokens": 0,
-        "output_tokens": 0,
-        "total_tokens": 0,
-        "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    }
-
-
 def start_job(service: Service, drawn: Any) -> Job:
     """Start drawing. Raises ApiError if the queue is full, and while the server shuts down."""
     try:
@@ -235,71 +187,6 @@ def start_job(service: Service, drawn: Any) -> Job:
         raise ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true"}) from error
 
 
-def explain_failure(error: BaseException, job: Job) -> ApiError:
-    """Return the error of the API for one that ended a job."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, Cancelled):
-        return ApiError(503, "cancelled", "the request was cancelled", headers={"x-should-retry": "true"})
-    if isinstance(error, TimeoutError):
-        return ApiError(503, "queue_timeout", str(error), headers={"retry-after": "10"})
-    if isinstance(error, InputError):
-        # Messages of pipelines begin with the name of what is at fault
-        return ApiError(400, "invalid_value", str(error), find_field(str(error).split(" ", 1)[0]))
-    number = secrets.token_hex(4)
-    logger.error("error %s while drawing", number, exc_info=error)
-    # Drawing the same again would fail again
-    headers = {"x-should-retry": "false"}
-    return ApiError(500, "internal", f"drawing failed; the server's log has it as error {number}", headers=headers)
-
-
-async def read_body(request: Request, route: str) -> tuple[dict[str, Any], list[Upload], Upload | None]:
-    """Return the fields, the images and the mask of a request. Raises ApiError for a body in another form."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if route == "generations":
-        if content_type != "application/json":
-            what = f"the content type must be application/json, got {content_type or 'none'}"
-            raise ApiError(415, "unsupported_media_type", what)
-        return await read_json_body(request), [], None
-    if content_type != "multipart/form-data":
-        what = f"the content type must be multipart/form-data, got {content_type or 'none'}"
-        raise ApiError(415, "unsupported_media_type", what)
-    # A form: texts, images, and perhaps a mask
-    given: dict[str, Any] = {}
-    images, mask = [], None
-    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                # A list comes as several fields with the name and brackets
-                if name.endswith("[]"):
-                    given.setdefault(name.removesuffix("[]"), []).append(value)
-                else:
-                    given[name] = value
-            elif name in ("image", "image[]"):
-                images.append(Upload(value.filename or "image", await value.read()))
-            elif name == "mask":
-                mask = Upload(value.filename or "mask", await value.read())
-            else:
-                raise ApiError(400, "unknown_parameter", f"{name[:60]} is no file that /v1/images/{route} takes", name)
-    return given, images, mask
-
-
-async def read_json_body(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body. Raises ApiError for anything else."""
-    try:
-        given = json.loads(await request.body(), parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {error}"[:200]) from error
-    if not isinstance(given, dict):
-        raise ApiError(400, "invalid_json", "the body must be a JSON object")
-    return given
-
-
-def refuse_constant(name: str) -> None:
-    """Raise ValueError for NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{name} is no JSON")
-
-
 async def wait_for_disconnect(request: Request) -> None:
     """Return when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -309,24 +196,3 @@ async def wait_for_disconnect(request: Request) -> None:
 def describe_model(service: Service) -> dict[str, Any]:
     """Return a model as /v1/models lists it."""
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "t2i"}
-
-
-async def send_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
-
-
-async def send_framework_error(request: Request, error: Exception) -> Response:
-    """Send an error that Starlette raises, in the API's shape."""
-    assert isinstance(error, HTTPException)
-    code = FRAMEWORK_CODES.get(error.status_code, "invalid_request")
-    where = f"{request.method} {request.url.path}"
-    messages = {404: f"there is no {where}", 405: f"{where} is not allowed"}
-    shown = ApiError(error.status_code, code, messages.get(error.status_code, str(error.detail)))
-    return JSONResponse(shown.body, shown.status, headers=error.headers)
-
-
-async def send_internal_error(request: Request, error: Exception) -> Response:
-    """Send what clients see of an error that nobody expected; Starlette logs it."""
-    shown = ApiError(500, "internal", "the server failed; its log has the reason", headers={"x-should-retry": "false"})
-    return JSONResponse(shown.body, shown.status, headers=shown.headers)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from t2i.pipelines.serving.errors import ApiError, build_field_error
+from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 
 from t2i.checks import MAX_TEXT_CHARACTERS
 from t2i.diffusion.samplers import SAMPLERS

@@ -5,8 +5,8 @@ from io import BytesIO
 
 from PIL import Image
 from t2i.pipelines.jobs.records import encode_png_image
+from t2i.pipelines.serving.api.errors import build_field_error
 from t2i.pipelines.serving.drawing import DrawnImage
-from t2i.pipelines.serving.errors import build_field_error
 
 from t2i.data.pictures import Reading, decode_image
 from t2i.data.reasons import RejectedSample

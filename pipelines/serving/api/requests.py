@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
+from t2i.pipelines.serving.api.errors import ApiError, build_field_error
+from t2i.pipelines.serving.api.fields import choose_seed, collect_settings
+from t2i.pipelines.serving.api.images import read_alpha, read_upload
 from t2i.pipelines.serving.drawing import DrawRequest
-from t2i.pipelines.serving.errors import ApiError, build_field_error
-from t2i.pipelines.serving.fields import choose_seed, collect_settings
-from t2i.pipelines.serving.images import read_alpha, read_upload
 
 MARGINS = ("left", "right", "top", "bottom")
 

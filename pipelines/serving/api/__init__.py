@@ -1,0 +1,1 @@
+"""The images API: its fields, requests, responses and errors."""
