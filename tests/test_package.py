@@ -79,7 +79,7 @@ def expected_data() -> set[str]:
     for model in ("emoji", "emoji-upsampler"):
         data += [path for path in (ROOT / "models" / model).rglob("*") if path.is_file()]
     data += [path for path in (ROOT / "training").rglob("*.yaml")]
-    data += [path for path in (ROOT / "pipelines/serving/page").iterdir()]
+    data += [path for path in (ROOT / "pipelines/serving/page").rglob("*") if path.is_file()]
     own = [path for path in (ROOT / "t2i").rglob("*") if path.suffix in (".json", ".typed")]
     return {f"t2i/{path.relative_to(ROOT).as_posix()}" for path in data} | {
         path.relative_to(ROOT).as_posix() for path in own

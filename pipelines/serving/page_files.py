@@ -40,9 +40,9 @@ class PageFile:
 
 
 def read_page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
-    """Return the files of the page by name."""
+    """Return the files of the page by their path in the folder."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if media_type := MEDIA_TYPES.get(path.suffix):
             content = path.read_bytes()
             headers = {
@@ -55,7 +55,7 @@ def read_page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
                 "referrer-policy": "no-referrer",
                 "cross-origin-opener-policy": "same-origin",
             }
-            files[path.name] = PageFile(content, headers)
+            files[path.relative_to(folder).as_posix()] = PageFile(content, headers)
     return files
 
 
@@ -72,4 +72,4 @@ def build_page_routes() -> list[Route]:
             return Response(status_code=304, headers=file.headers)
         return Response(file.content, headers=file.headers)
 
-    return [Route("/", send_file), Route("/page/{name}", send_file)]
+    return [Route("/", send_file), Route("/page/{name:path}", send_file)]

@@ -1,0 +1,92 @@
+// The tool that changes what an image means, from one text to another, as a strip over how far to go.
+
+import { h, iconButton, range } from "./dom.js";
+import { drawFoot, shorten, textField } from "./tools/controls.js";
+import { spaceNumbers } from "./tools/blend.js";
+
+const DEFAULT_THETA = 0.5; // the paper goes to 0.25 to 0.5
+const DEFAULT_FRAMES = 6;
+
+/** Fill a dialog with the two texts for an image. */
+export function openDiff({ image, view, app }) {
+  const source = textField({ label: "From", value: image.prompt, placeholder: "what the image shows", rows: 1 });
+  const target = textField({ label: "To", placeholder: "what it should show", rows: 1 });
+  const swap = iconButton("swap", "Swap the two texts", () => {
+    [source.input.value, target.input.value] = [target.input.value, source.input.value];
+    foot.update();
+  });
+  const furthest = range({
+    label: "How far",
+    min: 0.05,
+    max: 1,
+    step: 0.05,
+    value: DEFAULT_THETA,
+    format: (value) => value.toFixed(2),
+    hint: "At 0 the image comes back as it is. At 1 nothing but the new direction is left.",
+    oninput: () => showStops(),
+  });
+  const frames = range({ label: "Images", min: 2, max: 10, step: 1, value: DEFAULT_FRAMES, oninput: () => showStops() });
+  const stops = h("ol", { class: "strip-stops", "aria-label": "The strip" });
+  const listThetas = () => spaceNumbers(0, furthest.input.valueAsNumber, frames.input.valueAsNumber);
+
+  function showStops() {
+    const thetas = listThetas();
+    stops.replaceChildren(
+      ...thetas.map((theta, place) => {
+        const tile = h("div", { class: "strip-tile" }, h("img", { src: image.url, alt: "" }));
+        tile.style.setProperty("--share", String(thetas.length > 1 ? place / (thetas.length - 1) : 1));
+        return h("li", {}, tile, h("span", {}, theta.toFixed(2)));
+      }),
+    );
+  }
+
+  const foot = drawFoot({
+    text: "Draw the strip",
+    explain: () => explainTexts(source.input.value, target.input.value),
+    draw() {
+      const [from, to] = [source.input.value.trim(), target.input.value.trim()];
+      const thetas = listThetas();
+      const fields = { ...app.settings("edits"), source: from, target: to, seed: app.seed() };
+      for (const name of ["prompt", "negative_prompt", "strength"]) delete fields[name];
+      app.draw(
+        thetas.map((theta) => ({ route: "edits", fields: { ...fields, theta }, images: [image] })),
+        {
+          title: `From “${shorten(from, 30)}” to “${shorten(to, 30)}”`,
+          layout: "strip",
+          captions: thetas.map((theta) => theta.toFixed(2)),
+          parents: [image],
+        },
+      );
+      view.close();
+    },
+  });
+  for (const { input } of [source, target]) input.addEventListener("input", foot.update);
+
+  view.body.append(
+    h(
+      "div",
+      { class: "tool-layout" },
+      h("div", { class: "tool-work" }, h("div", { class: "stage still" }, h("img", { class: "stage-image", src: image.url, alt: image.prompt || "the image" }))),
+      h(
+        "div",
+        { class: "tool-panel" },
+        h("div", { class: "diff-texts" }, source.element, swap, target.element),
+        h("div", { class: "tool-group" }, furthest.element, frames.element),
+        stops,
+      ),
+    ),
+  );
+  view.actions.append(...foot.elements);
+  showStops();
+  // A keyboard on the screen would hide the image
+  if (matchMedia("(hover: hover)").matches) (source.input.value ? target : source).input.focus();
+}
+
+/** What keeps two texts from being drawn, as a sentence; null if nothing does. */
+export function explainTexts(source, target) {
+  const [from, to] = [source, target].map((text) => text.trim().replace(/\s+/g, " ").toLowerCase());
+  if (!from) return "Say what the image shows now.";
+  if (!to) return "Say what it should show.";
+  if (from === to) return "The two texts are the same.";
+  return null;
+}

@@ -1,0 +1,229 @@
+// The tool that mixes what images and texts mean: one mix by sliders, or a strip from each to the next.
+
+import { h, iconButton, newId, range } from "./dom.js";
+import { normalizeWeights, planStrip, roundShares } from "./tools/blend.js";
+import { buildMixRequest, describeMix, explainMix, limitAnchors } from "./tools/anchors.js";
+import { choice, countChoice, drawFoot, shorten, textButton } from "./tools/controls.js";
+
+const DEFAULT_FRAMES = 7;
+const MAX_STRIP = 32; // images
+
+/** Fill a dialog with the things to mix, images to start with. */
+export function openMix({ images, view, app }) {
+  const state = { anchors: [], strip: false };
+  let frames = null;
+
+  // The things in the mix
+  const list = h("ol", { class: "anchors", "aria-label": "In the mix" });
+  const bar = h("div", { class: "mix-bar", "aria-hidden": "true" });
+  const stops = h("ol", { class: "strip-stops large", "aria-label": "The strip" });
+  const canvas = h("div", { class: "stage mix-stage" }, bar, stops, h("p", { class: "hint mix-empty" }, "Add images or texts, or drop images here."));
+  const planRows = () => planStrip(state.anchors.length, frames.input.valueAsNumber);
+
+  function update() {
+    const shares = normalizeWeights(state.anchors.map((anchor) => anchor.weight)) ?? state.anchors.map(() => 0);
+    const percents = roundShares(shares);
+    state.anchors.forEach((anchor, place) => anchor.row.show(percents[place], place, state));
+    bar.replaceChildren(...state.anchors.map((anchor, place) => buildPart(anchor, shares[place], percents[place])));
+    bar.hidden = state.strip || !state.anchors.length;
+    stops.hidden = !state.strip || state.anchors.length < 2;
+    if (!stops.hidden) stops.replaceChildren(...planRows().map((row) => buildStop(state.anchors, row)));
+    canvas.classList.toggle("bare", !state.anchors.length);
+    addText.disabled = !limitAnchors(state.anchors).text;
+    addImage.disabled = !limitAnchors(state.anchors).image;
+    count.element.hidden = state.strip || !state.anchors.some((anchor) => anchor.text !== undefined);
+    foot.update();
+  }
+
+  function add(found, { focus = false } = {}) {
+    if (!limitAnchors(state.anchors)[found.text === undefined ? "image" : "text"]) return;
+    const anchor = { ...found, weight: 50 };
+    anchor.row = buildRow(anchor, {
+      change: update,
+      remove() {
+        const place = state.anchors.indexOf(anchor);
+        state.anchors.splice(place, 1);
+        anchor.row.element.remove();
+        update();
+        // The focus stays in the list
+        (state.anchors[Math.min(place, state.anchors.length - 1)]?.row.remove ?? addImage).focus();
+      },
+      raise() {
+        const place = state.anchors.indexOf(anchor);
+        state.anchors.splice(place, 1);
+        state.anchors.splice(place - 1, 0, anchor);
+        list.insertBefore(anchor.row.element, list.children[place - 1]);
+        update();
+        (anchor.row.raise.disabled ? anchor.row.remove : anchor.row.raise).focus();
+      },
+    });
+    state.anchors.push(anchor);
+    list.append(anchor.row.element);
+    update();
+    if (focus) anchor.row.focus();
+  }
+
+  // More of them
+  const addImage = textButton("Add images", async () => {
+    const chosen = await app.choose({ title: "Add to the mix", multiple: true });
+    for (const item of chosen) add({ item });
+    addImage.focus();
+  });
+  const addText = textButton("Add a text", () => add({ text: "" }, { focus: true }));
+  takeFiles(view, app, canvas, (item) => add({ item }));
+
+  // A mix, or a strip
+  const mode = choice({
+    label: "What to draw",
+    options: [["mix", "One mix"], ["strip", "A strip"]],
+    value: "mix",
+    onchange(value) {
+      state.strip = value === "strip";
+      frames.element.hidden = !state.strip;
+      update();
+    },
+  });
+  frames = range({ label: "Images from each to the next", min: 3, max: 11, step: 1, value: DEFAULT_FRAMES, oninput: () => update() });
+  frames.element.hidden = true;
+  const count = countChoice();
+  const foot = drawFoot({
+    text: "Draw",
+    explain: () => explainMix(state.anchors, state.strip ? planRows().length : 1, MAX_STRIP),
+    draw() {
+      draw({ state, rows: planRows(), count: Number(count.value()), app });
+      view.close();
+    },
+  });
+
+  view.body.append(
+    h(
+      "div",
+      { class: "tool-layout" },
+      h("div", { class: "tool-work" }, canvas),
+      h("div", { class: "tool-panel" }, mode.element, frames.element, list, h("div", { class: "tool-chips" }, addImage, addText)),
+    ),
+  );
+  view.actions.append(count.element, ...foot.elements);
+  for (const item of images) add({ item });
+  update();
+}
+
+/** Start drawing a mix, or a strip. */
+function draw({ state, rows, count, app }) {
+  const { anchors } = state;
+  const settings = { ...app.settings("edits"), seed: app.seed() };
+  const parents = anchors.filter((anchor) => anchor.item).map((anchor) => anchor.item);
+  const title = describeMix(anchors);
+  if (!state.strip) {
+    // Images alone have no chance in them: all mixes of a seed or another are the same
+    const n = anchors.some((anchor) => anchor.text !== undefined) ? count : 1;
+    const weights = normalizeWeights(anchors.map((anchor) => anchor.weight));
+    app.draw([buildMixRequest(anchors, weights, { ...settings, n })], { title, layout: "grid", parents });
+    return;
+  }
+  const captions = rows.map((row) => roundShares(row.filter((share) => share > 0)).map((percent) => `${percent} %`).join(" · "));
+  app.draw(rows.map((row) => buildMixRequest(anchors, row, settings)), { title, layout: "strip", captions, parents });
+}
+
+/** One thing of the list: its image or text, its share, and buttons. */
+function buildRow(anchor, { change, remove, raise }) {
+  const id = newId("anchor");
+  const name = () => (anchor.text === undefined ? anchor.item.prompt || "image" : anchor.text || "text");
+  let input = null;
+  if (anchor.text !== undefined) {
+    input = h("input", { type: "text", id, maxlength: 4096, placeholder: "a text", "aria-label": "Text to mix in" });
+    input.addEventListener("input", () => {
+      anchor.text = input.value;
+      change();
+    });
+  }
+  const slider = h("input", { type: "range", min: 0, max: 100, step: 1, value: anchor.weight });
+  slider.addEventListener("input", () => {
+    anchor.weight = slider.valueAsNumber;
+    change();
+  });
+  const share = h("output", { class: "range-value" });
+  const face = input
+    ? h("div", { class: "anchor-face words", "aria-hidden": "true" }, "Aa")
+    : h("img", { class: "anchor-face", src: anchor.item.url, alt: "" });
+  const up = iconButton("up", "Move up", raise);
+  const bin = iconButton("close", "Remove", remove);
+  const head = h("div", { class: "anchor-head" }, input ?? h("span", { class: "anchor-name" }, shorten(name(), 40)), share);
+  const element = h("li", { class: "anchor" }, face, h("div", { class: "anchor-main" }, head, slider), up, bin);
+  return {
+    element,
+    remove: bin,
+    raise: up,
+    focus: () => (input ?? slider).focus(),
+    show(percent, place, { strip }) {
+      slider.hidden = strip;
+      share.hidden = strip;
+      up.hidden = !strip;
+      up.disabled = place === 0;
+      share.textContent = `${percent} %`;
+      slider.style.setProperty("--fill", `${anchor.weight}%`);
+      slider.setAttribute("aria-valuetext", `${percent} % of the mix`);
+      slider.setAttribute("aria-label", `Share of ${shorten(name(), 40)}`);
+      up.setAttribute("aria-label", `Move ${shorten(name(), 40)} up`);
+      bin.setAttribute("aria-label", `Remove ${shorten(name(), 40)}`);
+    },
+  };
+}
+
+/** The part of the bar that shows one thing's share. */
+function buildPart(anchor, share, percent) {
+  const face = buildFace(anchor);
+  const part = h("div", { class: "mix-part" }, face, h("span", { class: "mix-share" }, `${percent} %`));
+  part.style.flexGrow = String(share);
+  part.hidden = share === 0;
+  part.classList.toggle("slim", share < 0.12);
+  return part;
+}
+
+/** A place of the strip before it is drawn: the two things of the way over each other. */
+function buildStop(anchors, row) {
+  const tile = h("div", { class: "strip-tile" });
+  let under = 0;
+  row.forEach((share, place) => {
+    if (share === 0) return;
+    const face = buildFace(anchors[place]);
+    // What lies on top lets through what is below it
+    face.style.opacity = String(under ? share / (under + share) : 1);
+    under += share;
+    tile.append(face);
+  });
+  return h("li", {}, tile);
+}
+
+function buildFace(anchor) {
+  if (anchor.text === undefined) return h("img", { src: anchor.item.url, alt: "", draggable: "false" });
+  return h("div", { class: "words" }, shorten(anchor.text, 30) || "Aa");
+}
+
+/** Take images that are dropped on the dialog, or pasted. */
+function takeFiles(view, app, canvas, add) {
+  async function take(event, files) {
+    const images = [...(files ?? [])].filter((file) => file.type.startsWith("image/"));
+    if (!images.length) return;
+    event.preventDefault();
+    event.stopPropagation();
+    for (const file of images) {
+      try {
+        add(await app.open(file));
+      } catch (error) {
+        app.say(error.message);
+      }
+    }
+  }
+  const dialog = view.dialog;
+  dialog.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    canvas.classList.add("over");
+  });
+  dialog.addEventListener("dragleave", () => canvas.classList.remove("over"));
+  dialog.addEventListener("drop", (event) => {
+    canvas.classList.remove("over");
+    take(event, event.dataTransfer?.files);
+  });
+  dialog.addEventListener("paste", (event) => take(event, event.clipboardData?.files));
+}
