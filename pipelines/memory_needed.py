@@ -1,5 +1,6 @@
 """Count the memory that a batch of images needs, stage by stage, and how many images fit; see `t2i.runtime.memory`."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,21 @@ def find_fitting_count(
             return 0
         count = (count + 1) // 2
     return count
+
+
+def count_fitting_pixels(pipeline: Any, processes: int = 1) -> float:
+    """Return how many pixels of images can be drawn at once, with a margin, in the memory that is free now.
+
+    Infinity if the pipeline's stages cannot be counted. processes: see `check_batch_fits`.
+    """
+    prior, decoder = pipeline.resolve_options()
+    # What each further image needs: packed weights are there already
+    one, two = (count_bytes_needed(pipeline, prior, decoder, count) for count in (1, 2))
+    if two <= one:
+        return math.inf
+    height, width = pipeline.compute_image_shape(decoder)
+    memory = measure_available_memory(pipeline._execution_device).divide_by_processes(processes)
+    return memory.free / MEMORY_MARGIN / (two - one) * height * width
 
 
 def has_ample_memory(pipeline: Any, decoder: DecoderOptions, count: int, free: float) -> bool:

@@ -5,7 +5,8 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil
+from itertools import zip_longest
+from math import ceil, inf
 
 RATE_SMOOTHING = 0.9  # of the moving average of the seconds that an image takes
 FIRST_GUESS_SECONDS = 1.0  # of an image, before one was drawn
@@ -25,43 +26,76 @@ class Draining(RuntimeError):
 
 @dataclass(eq=False)
 class Ticket:
-    """A request's place: in the queue until `admitted`, then among those that draw, until it is returned.
+    """A request's place: in the queue until it has a `lane`, then among those that draw, until it is returned.
 
     images: how many it draws. key: whose request it is, for requests of one key take turns with those of others.
+    pixels: of all its images, by which memory is counted. on_admitted: called with the ticket at its turn, with the
+    lock of the admission held.
     """
 
     images: int
     key: str = ""
-    admitted: threading.Event = field(default_factory=threading.Event)
+    pixels: int = 0
+    on_admitted: Callable[["Ticket"], object] = lambda ticket: None
+    lane: "Lane | None" = None
+    entered: float = field(default_factory=time.monotonic)
     started: float | None = None
+
+    @property
+    def is_admitted(self) -> bool:
+        return self.lane is not None
+
+
+@dataclass(eq=False)
+class Lane:
+    """The room of one engine, for images that it draws at the same time.
+
+    max_images, max_pixels: the most at a time; pixels are those that fit into memory. is_open: False while there is no
+    engine.
+    """
+
+    max_images: int
+    max_pixels: float = inf
+    is_open: bool = True
+    running: set[Ticket] = field(default_factory=set)
+
+    @property
+    def images(self) -> int:
+        return sum(ticket.images for ticket in self.running)
+
+    def has_room(self, ticket: Ticket) -> bool:
+        """Return True if a request may draw beside those that do."""
+        # One request alone is admitted whatever its size: the pipeline itself refuses what cannot fit
+        if not self.running:
+            return self.is_open
+        images = self.images + ticket.images
+        pixels = sum(other.pixels for other in self.running) + ticket.pixels
+        return self.is_open and images <= self.max_images and pixels <= self.max_pixels
 
 
 class Admission:
-    """A bounded queue of requests, in which keys take turns.
+    """A bounded queue of requests, in which keys take turns. The lane that draws the fewest images takes the next one.
 
     Args:
-        max_running: images that are drawn at the same time.
+        max_running: images that a lane draws at the same time.
         max_queued: images that wait, of all keys together.
         max_queued_per_key: images that wait for one key; None is no limit but `max_queued`.
-        fits: returns whether memory suffices for so many images at a time; asked before a request draws.
+        lanes: number of engines.
     """
 
-    def __init__(
-        self,
-        max_running: int,
-        max_queued: int,
-        max_queued_per_key: int | None = None,
-        fits: Callable[[int], bool] = lambda images: True,
-    ):
-        self.max_running, self.max_queued = max_running, max_queued
+    def __init__(self, max_running: int, max_queued: int, max_queued_per_key: int | None = None, lanes: int = 1):
+        self.lanes = [Lane(max_running) for _ in range(lanes)]
+        self.max_queued = max_queued
         self.max_queued_per_key = max_queued if max_queued_per_key is None else max_queued_per_key
-        self.fits = fits
         # Reentrant: a signal's handler drains in the thread that may just hold it
         self.lock = threading.RLock()
         self.queues: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by key; the first one has the next turn
-        self.running: set[Ticket] = set()
         self.seconds_per_image = FIRST_GUESS_SECONDS
         self.draining = False
+
+    @property
+    def max_running(self) -> int:
+        return sum(lane.max_images for lane in self.lanes)
 
     @property
     def queued_images(self) -> int:
@@ -69,17 +103,19 @@ class Admission:
 
     @property
     def running_images(self) -> int:
-        return sum(ticket.images for ticket in self.running)
+        return sum(lane.images for lane in self.lanes)
 
-    def enter(self, images: int, key: str = "") -> Ticket:
-        """Return a ticket for a request; its `admitted` is set when it may draw. Raises QueueFull and Draining."""
-        ticket = Ticket(images, key)
+    def enter(
+        self, images: int, key: str = "", pixels: int = 0, on_admitted: Callable[[Ticket], object] | None = None
+    ) -> Ticket:
+        """Return a ticket for a request; see `Ticket`. Raises QueueFull and Draining."""
+        ticket = Ticket(images, key, pixels, on_admitted or (lambda ticket: None))
         with self.lock:
             if self.draining:
                 raise Draining("the server is shutting down")
             queued, own = self.queued_images, sum(other.images for other in self.queues.get(key, ()))
             # With others in the queue a request waits too, even if there is room for it
-            starts_at_once = not queued and self.running_images + images <= self.max_running
+            starts_at_once = not queued and any(lane.has_room(ticket) for lane in self.lanes)
             if not starts_at_once and queued + images > self.max_queued:
                 what = f"{queued} images wait, and the queue takes {self.max_queued}"
                 raise QueueFull(f"{what}; try again later", self.estimate_wait(queued))
@@ -90,44 +126,60 @@ class Admission:
             self.admit_next()
         return ticket
 
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a request out of the queue; return False if it does not wait there."""
+        with self.lock:
+            queue = self.queues.get(ticket.key, deque())
+            if ticket not in queue:
+                return False
+            queue.remove(ticket)
+            # It may have been too large for the room, and held up the others
+            self.admit_next()
+            return True
+
     def leave(self, ticket: Ticket) -> None:
         """Take a request out, whether it waits or draws."""
         with self.lock:
-            if ticket in self.running:
-                self.running.discard(ticket)
+            if not self.withdraw(ticket) and ticket.lane is not None and ticket in ticket.lane.running:
                 self.learn_rate(ticket)
-            elif ticket in (queue := self.queues.get(ticket.key, deque())):
-                queue.remove(ticket)
-            # Also after one that waited: it may have been too large for the room, and held up the others
+                ticket.lane.running.discard(ticket)
+                self.admit_next()
+
+    def set_room(self, lane: Lane, max_pixels: float | None) -> None:
+        """Open a lane, with the pixels that fit into its memory at once; None closes it for further requests."""
+        with self.lock:
+            lane.is_open = max_pixels is not None
+            lane.max_pixels = inf if max_pixels is None else max_pixels
             self.admit_next()
 
     def admit_next(self) -> None:
         """Admit the requests whose turn it is, while there is room. The lock is held."""
-        while ticket := self.find_next():
+        while found := self.find_next():
+            ticket, lane = found
             self.queues[ticket.key].popleft()
             # The key's next request comes after one of every other key
             self.queues.move_to_end(ticket.key)
-            self.running.add(ticket)
-            ticket.started = time.monotonic()
-            ticket.admitted.set()
-        # Else a key would stay for every client that ever asked
+            self.drop_empty_queues()
+            lane.running.add(ticket)
+            ticket.started, ticket.lane = time.monotonic(), lane
+            ticket.on_admitted(ticket)
+        self.drop_empty_queues()
+
+    def drop_empty_queues(self) -> None:
+        """Drop the queues of keys of which no request waits, or there would be one for every client that ever asked."""
         for key in [key for key, queue in self.queues.items() if not queue]:
             del self.queues[key]
 
-    def find_next(self) -> Ticket | None:
-        """Return the request whose turn it is; None if there is no room for it, or none waits."""
+    def find_next(self) -> tuple[Ticket, Lane] | None:
+        """Return the request whose turn it is, and its lane; None if there is no room for it, or none waits."""
         ticket = next((queue[0] for queue in self.queues.values() if queue), None)
-        if ticket is None:
-            return None
-        total = self.running_images + ticket.images
-        # One request alone is admitted whatever its size: the pipeline itself refuses what cannot fit
-        return ticket if not self.running or (total <= self.max_running and self.fits(total)) else None
+        lanes = [lane for lane in self.lanes if ticket is not None and lane.has_room(ticket)]
+        return (ticket, min(lanes, key=lambda lane: lane.images)) if ticket is not None and lanes else None
 
     def learn_rate(self, ticket: Ticket) -> None:
-        """Learn from a request that ended how long an image takes, all that draw at once counted."""
+        """Learn from a request that ends how long an image takes, all that draw at once counted."""
         assert ticket.started is not None
-        # The request itself is not among `running` any more
-        shared = max(1, len(self.running) + 1)
+        shared = sum(len(lane.running) for lane in self.lanes)
         seconds = (time.monotonic() - ticket.started) / (ticket.images * shared)
         self.seconds_per_image = RATE_SMOOTHING * self.seconds_per_image + (1 - RATE_SMOOTHING) * seconds
 
@@ -135,21 +187,19 @@ class Admission:
         """Return the seconds until so many images are drawn."""
         return images * self.seconds_per_image
 
-    def find_position(self, ticket: Ticket) -> tuple[int, float]:
-        """Return the number of images before a request that waits, and the seconds until its turn; else zeros."""
+    def find_positions(self) -> dict[Ticket, tuple[int, float]]:
+        """Return, for each request that waits, the number of images before it and the seconds until its turn."""
+        positions, before = {}, 0
         with self.lock:
-            if ticket.admitted.is_set() or ticket not in self.queues.get(ticket.key, ()):
-                return 0, 0.0
-            before = 0
+            # Those that draw are half done on average
+            running = ceil(self.running_images / 2)
             # In the order of turns: the first request of each key, then the second of each
-            for number in range(max(len(queue) for queue in self.queues.values())):
-                for queue in self.queues.values():
-                    if number < len(queue):
-                        if queue[number] is ticket:
-                            # Those that draw are half done on average
-                            return before, self.estimate_wait(before + ceil(self.running_images / 2))
-                        before += queue[number].images
-            raise AssertionError("a waiting request is in a queue")
+            for turn in zip_longest(*self.queues.values()):
+                for ticket in turn:
+                    if ticket is not None:
+                        positions[ticket] = before, self.estimate_wait(before + running)
+                        before += ticket.images
+        return positions
 
     def drain(self) -> None:
         """Refuse new requests. Those that wait and those that draw go on."""

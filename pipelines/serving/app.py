@@ -85,8 +85,9 @@ class ImagesApi:
         return JSONResponse({"status": "ok" if alive else "an engine does not answer"}, 200 if alive else 503)
 
     async def report_readiness(self, request: Request) -> Response:
-        """Answer 200 while new requests are taken."""
-        return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
+        """Answer 200 while new requests are taken, and there is an engine for each model."""
+        ready = self.ready and all(service.is_ready for service in self.services.values())
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     async def send_image(self, request: Request) -> Response:
         """Send an image that a response named by its url."""

@@ -14,7 +14,8 @@ from t2i.pipelines.inpaint import InpaintPipeline, OutpaintPipeline
 from t2i.pipelines.jobs.generation import DRAWING_COMPONENTS, build_records
 from t2i.pipelines.jobs.planning import ModelSource, split_settings
 from t2i.pipelines.jobs.records import Record, build_settings_record
-from t2i.pipelines.serving.engine import StepEngine
+from t2i.pipelines.memory_needed import count_fitting_pixels
+from t2i.pipelines.serving.engine import EngineCounts, StepEngine
 from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.pipelines.text_diff import TextDiffPipeline
 from torch import Generator
@@ -29,6 +30,20 @@ TASKS: dict[str, type] = {
     "image_to_image": ImageToImagePipeline,
     "text_diff": TextDiffPipeline,
 }
+KEEPS_SIZE = ("inpaint", "outpaint", "image_to_image")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the server knows of a model that may be loaded in another process.
+
+    image_size: side of its images in pixels. upsampler_factor: by which a pass of its upsampler multiplies it.
+    max_pixels: of images that fit into memory at once.
+    """
+
+    image_size: int
+    upsampler_factor: int
+    max_pixels: float
 
 
 @dataclass
@@ -55,6 +70,15 @@ class DrawRequest:
     names: dict[str, str] = field(default_factory=dict)
     cancelled: threading.Event = field(default_factory=threading.Event, repr=False)  # for `StepEngine.cancel`
 
+    def count_pixels(self, facts: ModelFacts) -> int:
+        """Return the pixels of all images, by which their memory is counted."""
+        # Images that are painted in or redrawn keep their size
+        given = self.image.size if self.image is not None and self.task in KEEPS_SIZE else (facts.image_size,) * 2
+        width, height = (self.settings.get(name) or side for name, side in zip(("width", "height"), given))
+        margins = [self.settings.get(name) or 0 for name in ("left", "right", "top", "bottom")]
+        growth = facts.upsampler_factor ** (2 * (self.settings.get("upsample") or 0))
+        return self.count * growth * (width + sum(margins[:2])) * (height + sum(margins[2:]))
+
 
 @dataclass(frozen=True)
 class DrawnImage:
@@ -73,12 +97,34 @@ class Watch(Protocol):
 
 
 class Drawer:
-    """Draws requests with the engine of one model. `draw` may be called from any number of threads."""
+    """Draws requests with the engine of one model. `draw` may be called from any number of threads.
 
-    def __init__(self, engine: StepEngine, source: ModelSource):
+    processes: those of this machine that load the model, which share its memory.
+    """
+
+    def __init__(self, engine: StepEngine, source: ModelSource, processes: int = 1):
         self.engine, self.source = engine, source
+        pipeline = engine.pipeline
+        factor = 1 if pipeline.upsampler is None else pipeline.upsampler.config.factor
+        self.facts = ModelFacts(pipeline.image_size, factor, count_fitting_pixels(pipeline, processes))
         weights = {name: getattr(engine.pipeline, name) for name in DRAWING_COMPONENTS}
         self.weights = compute_brief_fingerprint(weights, format_scheduler_configs(engine.pipeline.components))
+
+    @property
+    def is_alive(self) -> bool:
+        """True while the engine takes steps, or waits for some."""
+        return self.engine.is_alive
+
+    @property
+    def counts(self) -> EngineCounts:
+        return self.engine.counts
+
+    def cancel(self, request: DrawRequest) -> None:
+        """End a request that draws, or will draw, before its next step; from any thread."""
+        self.engine.cancel(request.cancelled)
+
+    def close(self) -> None:
+        self.engine.close()
 
     def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]:
         """Return the images of a request. Raises InputError for settings that are not allowed, and Cancelled."""

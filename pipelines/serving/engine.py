@@ -29,6 +29,8 @@ DENOISERS = ("prior", "decoder", "upsampler")
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
 HEARTBEAT_SECONDS = 1.0
+# An engine that is silent for longer hangs; or for so many times its longest call of a network, which may take minutes
+MAX_SILENCE_SECONDS, MAX_SILENCE_CALLS = 30.0, 4.0
 CLOSING_SECONDS = 30.0
 
 
@@ -76,6 +78,7 @@ class EngineCounts:
     rows: int = 0  # that requests waited for
     added_rows: int = 0  # by rounding up
     wasted_rows: int = 0  # of requests that were cancelled while a step ran
+    longest: float = 0.0  # seconds of a call
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DENOISERS, 0.0))
 
 
@@ -104,6 +107,12 @@ class StepEngine:
             network.prepare, network.step = partial(self.prepare, name), partial(self.step, name)
         self.thread = threading.Thread(target=self.run, name="t2i-engine", daemon=True)
         self.thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """True while the engine takes steps, or waits for some."""
+        silence = time.monotonic() - self.last_heartbeat
+        return silence < max(MAX_SILENCE_SECONDS, MAX_SILENCE_CALLS * self.counts.longest)
 
     def __enter__(self) -> "StepEngine":
         return self
@@ -288,7 +297,10 @@ class StepEngine:
                 for call in calls:
                     self.run_group([call])
             return
-        self.counts.seconds[calls[0].denoiser] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.last_heartbeat = time.monotonic()
+        self.counts.seconds[calls[0].denoiser] += seconds
+        self.counts.longest = max(self.counts.longest, seconds)
         self.finish_calls(calls, results)
 
     def finish_calls(

@@ -5,12 +5,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-REPLACED = ("step", "preview")  # kinds of which only the newest is kept for a client that reads slowly
+REPLACED = ("queued", "step", "preview")  # kinds of which only the newest is kept for a client that reads slowly
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step, a preview, or the end of a request: its kind "step", "preview", "done" or "failed", and its data."""
+    """Something that happened to a request: its kind "queued", "step", "preview", "done" or "failed", and its data."""
 
     kind: str
     data: dict[str, Any] = field(default_factory=dict)

@@ -101,7 +101,7 @@ def build_service(source: ModelSource, settings: ServerSettings) -> Service:
     engine.warm_up(counts=(1, 2, 2 * settings.max_batch))
     admission = Admission(settings.max_batch, settings.max_queue)
     name = settings.name or Path(source.model).resolve().name
-    return Service(name, Drawer(engine, source), admission, settings.queue_timeout)
+    return Service(name, [Drawer(engine, source)], admission, settings.queue_timeout)
 
 
 def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore | None = None) -> ImagesApi:

@@ -1,22 +1,48 @@
 """The service behind the routes: requests wait for their turn, draw in threads, and report events."""
 
+import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from PIL import Image
 from t2i.pipelines.serving.admission import Admission, Ticket
-from t2i.pipelines.serving.drawing import Drawer, DrawnImage, DrawRequest
-from t2i.pipelines.serving.engine import Cancelled
+from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, ModelFacts, Watch
+from t2i.pipelines.serving.engine import Cancelled, EngineCounts
 from t2i.pipelines.serving.events import Event, EventFeed
 
-MAX_SILENCE_SECONDS = 60.0  # of an engine; a step of the largest models takes less
+QUEUE_TICK_SECONDS = 0.5  # between two looks at the requests that wait
+
+
+class AnyDrawer(Protocol):
+    """What draws a service's requests: a `Drawer` in this process, or a `RemoteDrawer`, which speaks to a worker's."""
+
+    facts: ModelFacts
+
+    @property
+    def is_alive(self) -> bool: ...
+    @property
+    def counts(self) -> EngineCounts: ...
+    def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]: ...
+    def cancel(self, request: DrawRequest) -> None: ...
+    def close(self) -> None: ...
 
 
 class Job:
     """A request from its arrival to its end, made in the event loop that reads its `events`."""
 
-    def __init__(self, request: DrawRequest, ticket: Ticket):
-        self.request, self.ticket, self.events = request, ticket, EventFeed()
+    ticket: Ticket | None = None  # while it enters
+    position: tuple[int, float] | None = None  # in the queue, as it was reported last
+
+    def __init__(self, request: DrawRequest):
+        self.request, self.events = request, EventFeed()
+
+    def report_position(self, position: tuple[int, float]) -> None:
+        """Report the number of images that come before, and the seconds until the job's turn."""
+        if self.request.progress and position != self.position:
+            self.position = position
+            self.events.put(Event("queued", {"position": position[0], "seconds": round(position[1], 1)}))
 
     # A `Watch`
 
@@ -32,49 +58,100 @@ class Service:
 
     Args:
         name: of the model in the API.
+        drawers: of the same model, one for each lane of the admission.
         queue_timeout: seconds that a request may wait for its turn.
     """
 
-    def __init__(self, name: str, drawer: Drawer, admission: Admission, queue_timeout: float = 300.0):
-        self.name, self.drawer, self.admission, self.queue_timeout = name, drawer, admission, queue_timeout
+    def __init__(self, name: str, drawers: Sequence[AnyDrawer], admission: Admission, queue_timeout: float = 300.0):
+        self.name, self.drawers, self.admission, self.queue_timeout = name, drawers, admission, queue_timeout
         self.created = int(time.time())
-        # A thread for each request that draws or waits: each has one image at least
-        limit = admission.max_running + admission.max_queued
-        self.threads = ThreadPoolExecutor(limit, thread_name_prefix="t2i-request")
+        # A thread for each request that draws: each has one image at least
+        self.threads = ThreadPoolExecutor(admission.max_running, thread_name_prefix="t2i-request")
         self.jobs: set[Job] = set()
+        for lane, drawer in zip(admission.lanes, drawers, strict=True):
+            admission.set_room(lane, drawer.facts.max_pixels)
+        self.closed = threading.Event()
+        threading.Thread(target=self.watch_queue, name="t2i-queue", daemon=True).start()
+
+    @property
+    def drawer(self) -> AnyDrawer:
+        """The first drawer; any is as good for questions about the model."""
+        return self.drawers[0]
 
     @property
     def is_alive(self) -> bool:
-        """True while the engine takes steps, or waits for some."""
-        return time.monotonic() - self.drawer.engine.last_heartbeat < MAX_SILENCE_SECONDS
+        """True while an engine takes steps, or waits for some."""
+        return any(drawer.is_alive for drawer in self.drawers)
+
+    @property
+    def is_ready(self) -> bool:
+        """True while an engine is there to draw."""
+        return any(lane.is_open for lane in self.admission.lanes)
 
     def submit(self, request: DrawRequest, key: str = "") -> Job:
         """Start a request. Raises QueueFull and Draining."""
-        job = Job(request, self.admission.enter(request.count, key))
+        job = Job(request)
+        pixels = request.count_pixels(self.drawer.facts)
         self.jobs.add(job)
-        self.threads.submit(self.run, job)
+        try:
+            job.ticket = self.admission.enter(
+                request.count, key, pixels, lambda ticket: self.threads.submit(self.run, job, ticket)
+            )
+        except BaseException:
+            self.jobs.discard(job)
+            raise
+        if position := self.admission.find_positions().get(job.ticket):
+            job.report_position(position)
         return job
 
-    def run(self, job: Job) -> None:
-        """Wait for the job's turn, draw, and end with the event "done" or "failed"."""
+    def run(self, job: Job, ticket: Ticket) -> None:
+        """Draw a job whose turn it is, in a thread."""
         try:
-            if not job.ticket.admitted.wait(self.queue_timeout):
-                raise TimeoutError(f"the request waited {self.queue_timeout:g} seconds for its turn; try again later")
             if job.request.cancelled.is_set():
                 raise Cancelled("cancelled before it began")
-            images: list[DrawnImage] = self.drawer.draw(job.request, job)
-            job.events.put(Event("done", {"images": images}))
+            event = Event("done", {"images": self.find_drawer(ticket).draw(job.request, job)})
         except BaseException as error:
             # Whatever went wrong, the client waits for an end
-            job.events.put(Event("failed", {"error": error}))
-        finally:
-            self.admission.leave(job.ticket)
-            self.jobs.discard(job)
+            event = Event("failed", {"error": error})
+        self.admission.leave(ticket)
+        self.finish(job, event)
+
+    def find_drawer(self, ticket: Ticket) -> AnyDrawer:
+        """Return the drawer of the lane that a request was admitted to."""
+        assert ticket.lane is not None
+        return self.drawers[self.admission.lanes.index(ticket.lane)]
+
+    def finish(self, job: Job, event: Event) -> None:
+        """End a job with the event "done" or "failed"."""
+        self.jobs.discard(job)
+        job.events.put(event)
+
+    def watch_queue(self) -> None:
+        """Report their positions to the jobs that wait, and end those that waited too long, until the service ends."""
+        while not self.closed.wait(QUEUE_TICK_SECONDS):
+            positions = self.admission.find_positions()
+            now = time.monotonic()
+            for job in list(self.jobs) if positions else []:
+                if job.ticket is None or job.ticket not in positions:
+                    continue
+                job.report_position(positions[job.ticket])
+                if now - job.ticket.entered > self.queue_timeout:
+                    reason = f"the request waited {self.queue_timeout:g} seconds for its turn; try again later"
+                    self.withdraw(job, TimeoutError(reason))
+
+    def withdraw(self, job: Job, error: Exception) -> bool:
+        """End a job that waits; return False if it does not wait any more."""
+        assert job.ticket is not None
+        if waited := self.admission.withdraw(job.ticket):
+            self.finish(job, Event("failed", {"error": error}))
+        return waited
 
     def cancel(self, job: Job) -> None:
         """End a job before its next step, from any thread. One that has ended takes no harm."""
-        self.drawer.engine.cancel(job.request.cancelled)
-        job.ticket.admitted.set()  # wakes a job that waits
+        job.request.cancelled.set()
+        if not self.withdraw(job, Cancelled("cancelled before it began")):
+            assert job.ticket is not None
+            self.find_drawer(job.ticket).cancel(job.request)
 
     def cancel_all(self) -> None:
         """End all jobs before their next step."""
@@ -82,8 +159,10 @@ class Service:
             self.cancel(job)
 
     def close(self) -> None:
-        """Refuse new requests, end all jobs and the engine."""
+        """Refuse new requests, end all jobs and the engines."""
         self.admission.drain()
+        self.closed.set()
         self.cancel_all()
         self.threads.shutdown()
-        self.drawer.engine.close()
+        for drawer in self.drawers:
+            drawer.close()

@@ -123,7 +123,7 @@ def count_peak_bytes(model: nn.Module, work: Callable[[Any], object]) -> int | N
 
 
 def copy_to_meta(model: nn.Module) -> nn.Module:
-    """Return a copy whose tensors are on the meta device, and whose steps are not compiled.
+    """Return a copy whose tensors are on the meta device, and whose methods are those of its class.
 
     Raises ValueError if the weights move between devices.
     """
@@ -134,12 +134,12 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    # A compiled step is an attribute of the instance, which hides the class's own.
-    compiled = vars(model).get("step")
-    if compiled is not None:
-        memo[id(compiled)] = None
+    # A compiled step, or what a server puts in its place, is an attribute of the instance, which hides the class's own.
+    hiding = [name for name in ("prepare", "step") if name in vars(model)]
+    memo |= {id(vars(model)[name]): None for name in hiding}
     copied = copy.deepcopy(model, memo)
-    vars(copied).pop("step", None)
+    for name in hiding:
+        del vars(copied)[name]
     return copied
 
 

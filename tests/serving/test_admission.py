@@ -6,7 +6,7 @@ from t2i.pipelines.serving.store import ImageStore
 
 
 def list_admitted(*tickets: Ticket) -> list[bool]:
-    return [ticket.admitted.is_set() for ticket in tickets]
+    return [ticket.is_admitted for ticket in tickets]
 
 
 def test_requests_draw_while_there_is_room_and_wait_in_order():
@@ -49,7 +49,7 @@ def test_keys_take_turns():
     order = []
     while waiting:
         admission.leave(running)
-        (name,) = [name for name, ticket in waiting.items() if ticket.admitted.is_set()]
+        (name,) = [name for name, ticket in waiting.items() if ticket.is_admitted]
         running = waiting.pop(name)
         order.append(name)
     # Whoever asks for much waits behind one request of everybody else
@@ -60,7 +60,10 @@ def test_positions_count_the_images_before():
     admission = Admission(max_running=1, max_queued=16)
     running = admission.enter(1, "a")
     first, second, other = admission.enter(2, "a"), admission.enter(1, "a"), admission.enter(4, "b")
-    assert [admission.find_position(ticket)[0] for ticket in (running, first, other, second)] == [0, 0, 2, 6]
+    admission.seconds_per_image = 2.0
+    # The one that draws is half done on average, and rounded up
+    assert admission.find_positions() == {first: (0, 2.0), other: (2, 6.0), second: (6, 14.0)}
+    assert running not in admission.find_positions()
 
 
 def test_those_who_leave_the_queue_make_room():
@@ -70,13 +73,41 @@ def test_those_who_leave_the_queue_make_room():
     admission.leave(gone)
     assert admission.queued_images == 1
     admission.leave(gone)  # leaving twice changes nothing
-    assert admission.queued_images == 1 and not next_one.admitted.is_set()
+    assert admission.queued_images == 1 and not next_one.is_admitted
 
 
-def test_memory_admits_no_more_than_fits():
-    admission = Admission(max_running=8, max_queued=8, fits=lambda images: images <= 3)
-    first, second = admission.enter(2), admission.enter(2)
+def test_memory_admits_no_more_pixels_than_fit():
+    admission = Admission(max_running=8, max_queued=8)
+    admission.set_room(admission.lanes[0], max_pixels=300)
+    first, second = admission.enter(2, pixels=200), admission.enter(2, pixels=200)
     assert list_admitted(first, second) == [True, False]
+    # Alone it is admitted, and the pipeline decides
+    admission.leave(first)
+    large = admission.enter(1, pixels=1000)
+    assert list_admitted(second, large) == [True, False]
+    admission.leave(second)
+    assert list_admitted(large) == [True]
+
+
+def test_lanes_with_the_fewest_images_take_the_next_request():
+    admission = Admission(max_running=4, max_queued=8, lanes=2)
+    tickets = [admission.enter(images) for images in (3, 1, 1, 2)]
+    lanes = [admission.lanes.index(ticket.lane) for ticket in tickets]
+    assert lanes == [0, 1, 1, 1] and admission.max_running == 8
+    # No lane has room for two, and then one has
+    waiting = admission.enter(2)
+    assert not waiting.is_admitted
+    admission.leave(tickets[3])
+    assert waiting.lane is admission.lanes[1]
+
+
+def test_a_closed_lane_takes_nothing_and_requests_wait_for_it():
+    admission = Admission(max_running=4, max_queued=8)
+    admission.set_room(admission.lanes[0], None)
+    waiting = admission.enter(1)
+    assert not waiting.is_admitted
+    admission.set_room(admission.lanes[0], 1e6)
+    assert waiting.is_admitted
 
 
 def test_a_server_that_shuts_down_takes_no_request_and_ends_those_it_has():

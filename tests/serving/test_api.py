@@ -30,7 +30,7 @@ SIDE = 32  # of the tiny model's images
 def service(pipeline_folder: Path):
     pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder)
     drawer = Drawer(StepEngine(pipeline), ModelSource(str(pipeline_folder)))
-    service = Service("tiny", drawer, Admission(max_running=8, max_queued=16))
+    service = Service("tiny", [drawer], Admission(max_running=8, max_queued=16))
     yield service
     service.close()
 

@@ -25,6 +25,8 @@ FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_to
 
 def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return the names and the data of the events that clients get for an event of a job."""
+    if event.kind == "queued":
+        return [("t2i.progress", {"stage": "queue", **event.data})]
     if event.kind == "step":
         return [("t2i.progress", event.data)] if job.request.progress else []
     if event.kind == "failed":

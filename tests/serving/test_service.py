@@ -1,0 +1,153 @@
+"""The service: turns, positions in the queue, and time-outs, with a drawer that waits until it is told."""
+
+import asyncio
+import threading
+
+import pytest
+from PIL import Image
+from t2i.pipelines.memory_needed import count_bytes_needed, count_fitting_pixels
+from t2i.pipelines.serving.admission import Admission, QueueFull
+from t2i.pipelines.serving.drawing import DrawRequest, ModelFacts
+from t2i.pipelines.serving.engine import Cancelled, EngineCounts, StepEngine
+from t2i.pipelines.serving.events import Event
+from t2i.pipelines.serving.service import Job, Service
+
+
+class WaitingDrawer:
+    """A drawer whose requests end when `released` is set, and with Cancelled when they are cancelled."""
+
+    is_alive, counts = True, EngineCounts()
+
+    def __init__(self, max_pixels: float = 1e9):
+        self.facts = ModelFacts(64, 4, max_pixels)
+        self.released, self.drawn = threading.Event(), []
+
+    def draw(self, request, watch=None):
+        self.drawn.append(request)
+        while not self.released.wait(0.01):
+            if request.cancelled.is_set():
+                raise Cancelled("cancelled")
+        return []
+
+    def cancel(self, request) -> None:
+        request.cancelled.set()
+
+    def close(self) -> None:
+        self.released.set()
+
+
+def ask(seed: int, count: int = 1, **settings) -> DrawRequest:
+    return DrawRequest("text", {"prompt": "a cat", **settings}, seed, count, progress=True)
+
+
+async def wait_for_end(job: Job) -> list[Event]:
+    """Return a job's events, of which the last one ends it."""
+    events = [await asyncio.wait_for(job.events.get(), 10)]
+    while events[-1].kind not in ("done", "failed"):
+        events.append(await asyncio.wait_for(job.events.get(), 10))
+    return events
+
+
+def run_service(work, drawers: list, max_queued: int = 8, **options) -> None:
+    """Run a coroutine function of a service whose drawers draw two images at a time."""
+
+    async def run() -> None:
+        service = Service("tiny", drawers, Admission(2, max_queued, lanes=len(drawers)), **options)
+        try:
+            await asyncio.wait_for(work(service), 20)
+        finally:
+            service.close()
+
+    asyncio.run(run())
+
+
+def test_waiting_requests_learn_their_position_and_the_seconds_left():
+    drawer = WaitingDrawer()
+
+    async def work(service: Service) -> None:
+        service.admission.seconds_per_image = 3.0
+        running, first, second = (service.submit(ask(seed, 2)) for seed in range(3))
+        event = await second.events.get()
+        # Two images wait before it, and those that draw are half done on average
+        assert event == Event("queued", {"position": 2, "seconds": 9.0})
+        assert (await first.events.get()).data == {"position": 0, "seconds": 3.0}
+        service.cancel(first)
+        assert isinstance((await wait_for_end(first))[-1].data["error"], Cancelled)
+        assert (await second.events.get()).data == {"position": 0, "seconds": 3.0}
+        drawer.released.set()
+        assert [(await wait_for_end(job))[-1].kind for job in (running, second)] == ["done", "done"]
+        assert not service.jobs and [request.seed for request in drawer.drawn] == [0, 2]
+
+    run_service(work, [drawer])
+
+
+def test_a_request_that_waits_too_long_is_ended_and_leaves_the_queue():
+    async def work(service: Service) -> None:
+        service.submit(ask(0, 2))
+        late = service.submit(ask(1))
+        error = (await wait_for_end(late))[-1].data["error"]
+        assert isinstance(error, TimeoutError) and "0.1 seconds" in str(error)
+        assert service.admission.queued_images == 0 and len(service.jobs) == 1
+
+    run_service(work, [WaitingDrawer()], queue_timeout=0.1)
+
+
+def test_a_request_that_is_refused_leaves_nothing_behind():
+    async def work(service: Service) -> None:
+        service.submit(ask(0, 2))
+        with pytest.raises(QueueFull):
+            service.submit(ask(1))
+        assert len(service.jobs) == 1
+
+    run_service(work, [WaitingDrawer()], max_queued=0)
+
+
+def test_drawers_share_the_requests_and_a_cancelled_one_ends_in_its_own():
+    drawers = [WaitingDrawer(), WaitingDrawer()]
+
+    async def work(service: Service) -> None:
+        jobs = [service.submit(ask(seed)) for seed in range(4)]
+        while sum(len(drawer.drawn) for drawer in drawers) < 4:
+            await asyncio.sleep(0.01)
+        assert [sorted(request.seed for request in drawer.drawn) for drawer in drawers] == [[0, 2], [1, 3]]
+        service.cancel(jobs[1])
+        assert (await wait_for_end(jobs[1]))[-1].kind == "failed"
+        for drawer in drawers:
+            drawer.released.set()
+        assert [(await wait_for_end(jobs[number]))[-1].kind for number in (0, 2, 3)] == ["done"] * 3
+
+    run_service(work, drawers)
+
+
+def test_memory_admits_fewer_large_images():
+    drawer = WaitingDrawer(max_pixels=2 * 64 * 64)
+
+    async def work(service: Service) -> None:
+        small, also_small = service.submit(ask(0)), service.submit(ask(1))
+        assert small.ticket.is_admitted and also_small.ticket.is_admitted
+        drawer.released.set()
+        await wait_for_end(small)
+        await wait_for_end(also_small)
+        drawer.released.clear()
+        service.submit(ask(2, width=128))
+        assert not service.submit(ask(3)).ticket.is_admitted
+
+    run_service(work, [drawer])
+
+
+def test_pixels_count_sizes_margins_and_passes_of_the_upsampler():
+    facts, image = ModelFacts(64, 4, 0.0), Image.new("RGB", (100, 50))
+    assert ask(0, 3).count_pixels(facts) == 3 * 64 * 64
+    assert ask(0, 2, width=32, height=16, upsample=1).count_pixels(facts) == 2 * 32 * 16 * 16
+    assert DrawRequest("variation", {}, 0, image=image).count_pixels(facts) == 64 * 64
+    assert DrawRequest("outpaint", {"left": 10, "top": 6}, 0, image=image).count_pixels(facts) == 110 * 56
+
+
+def test_memory_is_counted_alike_inside_an_engine(pipeline):
+    prior, decoder = pipeline.resolve_options()
+    needed = count_bytes_needed(pipeline, prior, decoder, 2)
+    with StepEngine(pipeline):
+        assert count_bytes_needed(pipeline, prior, decoder, 2) == needed > 0
+        pixels = count_fitting_pixels(pipeline)
+        assert 1 < pixels < float("inf")
+        assert count_fitting_pixels(pipeline, processes=4) < pixels / 2
