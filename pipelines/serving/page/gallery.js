@@ -1,0 +1,372 @@
+// The gallery: a card for each drawing, with previews while it is drawn, and the actions under each image.
+
+import { ApiError, draw, LostServer } from "./api.js";
+import { h, icon, iconButton, newId, say, toast } from "./dom.js";
+import { createItem, findCard, findItem, findItems, findPath, readCards, removeItems, saveCard, saveItem } from "./history.js";
+import { readRecord } from "./png.js";
+
+const PRIOR_SHARE = 0.15; // of the time that an image takes
+const MAX_LOSSES = 5; // of the connection in one drawing: a request that ends the server is not sent for ever
+const PASSING_CODES = ["shutting_down", "cancelled", "loading", "worker_lost"]; // of errors that a later try may not have
+
+/** Return a thumbnail that opens its image. */
+export function buildThumbnail(item, app) {
+  const label = `Open the image ${item.prompt ? `“${item.prompt}”` : "without words"}`;
+  return h("button", { class: "thumbnail", type: "button", "aria-label": label, onclick: () => app.view(item) }, h("img", { src: item.url, alt: "", loading: "lazy" }));
+}
+
+/** Return the path of ancestors to some parents, oldest first, as thumbnails; null if there are none. */
+export async function buildPath(parents, app) {
+  if (!parents.length) return null;
+  const steps = [...(await findPath(parents[0])), parents];
+  const list = h("ol", { class: "path", "aria-label": "Drawn from" });
+  for (const step of steps) list.append(h("li", {}, step.map((item) => buildThumbnail(item, app)), icon("next")));
+  return list;
+}
+
+/** One place for an image in a card: empty, with a preview, or with the image. */
+class Slot {
+  constructor(view, caption) {
+    this.view = view;
+    this.item = null;
+    this.image = h("img", { alt: "", decoding: "async" });
+    this.frame = h("div", { class: "picture-frame blank" });
+    this.tools = h("div", { class: "picture-tools" });
+    this.element = h("figure", { class: "picture" }, this.frame, caption ? h("figcaption", {}, caption) : null, this.tools);
+  }
+
+  /** Show an estimate of the image. */
+  preview(blob) {
+    if (this.item) return;
+    const url = URL.createObjectURL(blob);
+    const image = h("img", { alt: "", class: "preview", src: url });
+    image.addEventListener("load", () => {
+      URL.revokeObjectURL(url);
+      if (this.item) return;
+      this.frame.classList.remove("blank");
+      // The one before stays below, so that each preview appears over the last
+      this.frame.append(image);
+      setTimeout(() => [...this.frame.children].slice(0, -1).forEach((older) => older.remove()), 400);
+    });
+  }
+
+  /** Show an item, with its actions. */
+  show(item) {
+    const { app, card } = this.view;
+    this.item = item;
+    this.element.dataset.item = item.id;
+    const place = card.items.length > 1 ? `, ${card.items.indexOf(item.id) + 1} of ${card.items.length}` : "";
+    const label = `${item.prompt || card.title}${place}`;
+    this.image.src = item.url;
+    this.image.width = item.width;
+    this.image.height = item.height;
+    const open = h("button", { class: "picture-open", type: "button", "aria-label": `Open the image: ${label}`, onclick: () => app.view(item) }, this.image);
+    this.frame.classList.remove("blank");
+    this.frame.classList.toggle("wide", item.width > item.height);
+    this.frame.replaceChildren(open);
+    this.star = iconButton("star", "Star", () => app.actions.star.run(item), { class: "star" });
+    const text = (name) => {
+      const action = app.actions[name];
+      return h("button", { class: "button text", type: "button", title: action.hint, "aria-label": `${action.label}: ${label}`, onclick: () => action.run(item) }, icon(action.icon), h("span", {}, action.label));
+    };
+    const more = iconButton("more", `More actions: ${label}`, (event) => app.openMenu(item, event.currentTarget), { "aria-haspopup": "menu" });
+    this.tools.replaceChildren(text("variations"), text("edit"), text("mix"), h("span", { class: "spacer" }), this.star, more);
+    this.mark();
+  }
+
+  /** Show whether the image has a star. */
+  mark() {
+    this.star.setAttribute("aria-pressed", this.item.starred);
+    this.star.setAttribute("aria-label", `Star: ${this.item.prompt || this.view.card.title}`);
+  }
+}
+
+/** A card: its head, its progress and its images. */
+class CardView {
+  constructor(gallery, card) {
+    Object.assign(this, { gallery, card, app: gallery.app, progress: [], slots: [], isDrawing: false });
+    this.starts = [];
+    for (const [number, request] of card.requests.entries()) {
+      this.starts.push(this.slots.length);
+      for (let index = 0; index < (request.fields.n ?? 1); index++) this.slots.push(new Slot(this, card.captions?.[number]));
+    }
+    const id = newId("card");
+    this.tools = h("div", { class: "card-tools" });
+    this.head = h("header", { class: "card-head" }, h("div", { class: "card-names" }, h("h2", { id }, card.title)), this.tools);
+    this.bar = h("div", { class: "progress", role: "progressbar", "aria-valuemin": 0, "aria-valuemax": 100, "aria-label": `Progress of ${card.title}` }, h("i"));
+    this.text = h("span", { class: "status-text" });
+    this.status = h("div", { class: "card-status", hidden: true }, this.bar, h("div", { class: "status-line" }, this.text));
+    this.pictures = h("div", { class: `pictures ${card.layout ?? "grid"}` }, this.slots.map((slot) => slot.element));
+    if (card.layout === "strip") Object.entries({ tabindex: 0, role: "group", "aria-label": card.title }).forEach(([name, value]) => this.pictures.setAttribute(name, value));
+    this.element = h("article", { class: "card", "aria-labelledby": id }, this.head, this.status, this.pictures);
+    this.showPath();
+  }
+
+  async showPath() {
+    const parents = await findItems(this.card.parents);
+    const path = await buildPath(parents, this.app);
+    if (path) this.head.querySelector(".card-names").prepend(path);
+  }
+
+  /** Show a card of the history. */
+  async restore() {
+    const items = await findItems(this.card.items);
+    // Slots without an image, of those that were removed or cancelled, go
+    this.slots.slice(items.length).forEach((slot) => slot.element.remove());
+    this.slots.length = items.length;
+    items.forEach((item, index) => this.slots[index].show(item));
+    this.finish();
+  }
+
+  finish() {
+    this.isDrawing = false;
+    this.status.hidden = true;
+    this.element.classList.remove("drawing", "failed");
+    const tools = [];
+    if (this.card.requests[0].route) {
+      tools.push(iconButton("again", "Draw again, with a new seed", () => this.app.drawAgain(this.card)));
+    }
+    tools.push(iconButton("trash", "Remove these images", () => this.gallery.removeCard(this)));
+    this.tools.replaceChildren(...tools);
+    this.gallery.update();
+  }
+
+  /** Draw, from the start to the end. */
+  async run() {
+    this.controller = new AbortController();
+    this.isDrawing = true;
+    this.losses = 0;
+    this.started = null;
+    this.element.classList.add("drawing");
+    this.element.classList.remove("failed");
+    this.status.hidden = false;
+    this.tools.replaceChildren(h("button", { class: "button quiet", type: "button", onclick: () => this.cancel() }, "Cancel"));
+    this.showText("Sending");
+    this.gallery.update();
+    say(`Drawing: ${this.card.title}`);
+    const signal = this.controller.signal;
+    const results = await Promise.allSettled(this.card.requests.map((request, number) => this.runRequest(request, number, signal)));
+    const failure = results.find(({ reason }) => reason && reason.name !== "AbortError")?.reason;
+    // One that failed ends the others of its card: what is left of it can be drawn again as a whole
+    await this.keep();
+    if (this.card.items.length) {
+      await this.restore();
+      say(`Drawn: ${this.card.title}`);
+      if (failure) toast(explain(failure));
+    } else if (failure) this.fail(failure);
+    else {
+      this.gallery.drop(this);
+      toast("Cancelled");
+    }
+  }
+
+  async runRequest(request, number, signal) {
+    const images = await Promise.all((request.images ?? []).map(async (image) => (image.id ? await findItem(image.id) : image)));
+    if (images.includes(null)) throw new Error("the image that it is drawn from was removed");
+    const arrived = [];
+    const onEvent = (kind, data) => {
+      const slot = this.slots[this.starts[number] + (data.index ?? 0)];
+      if (kind === "preview") slot?.preview(data.blob);
+      else if (kind === "image") arrived.push(this.takeImage(slot, number, data));
+      else this.showProgress(number, kind, data);
+    };
+    for (;;) {
+      try {
+        await draw({ ...request, images, fields: { model: this.app.model.id, ...request.fields } }, { signal, onEvent });
+        await Promise.all(arrived);
+        return;
+      } catch (error) {
+        const isLost = error instanceof LostServer || PASSING_CODES.includes(error.code);
+        if (!isLost || ++this.losses > MAX_LOSSES * this.card.requests.length) throw error;
+        this.showText("The server does not answer. This goes on when it is back.");
+        await this.app.waitForServer(signal);
+      }
+    }
+  }
+
+  async takeImage(slot, number, { blob }) {
+    const record = await readRecord(blob);
+    const { prompt, title, id, parents } = { prompt: this.card.requests[number].fields.prompt, ...this.card };
+    slot.drawn = await createItem(blob, { record, prompt: prompt ?? title, parents, card: id, request: number });
+    slot.preview(blob);
+  }
+
+  /** Keep what was drawn in the history. */
+  async keep() {
+    const items = this.slots.map((slot) => slot.drawn).filter(Boolean);
+    this.card.items = items.map((item) => item.id);
+    if (!items.length) return;
+    for (const item of items) await saveItem(item);
+    await saveCard(this.card);
+  }
+
+  showProgress(number, kind, data) {
+    if (kind === "waiting") {
+      this.showText(`The server is busy. Asking again in ${Math.ceil(data.seconds)} s`);
+      return;
+    }
+    const { stage, step = 0, steps = 1 } = data;
+    if (stage === "queued") {
+      const before = data.position ? `: ${countImages(data.position)} first` : "";
+      this.showText(`Waiting for its turn${before}${formatSeconds(data.wait ?? data.seconds)}`);
+      return;
+    }
+    const hasPrior = stage === "prior" || this.progress[number]?.hasPrior;
+    const share = hasPrior ? PRIOR_SHARE : 0;
+    const part = stage === "prior" ? (share * step) / steps : stage === "decoder" ? share + ((1 - share) * step) / steps : 0;
+    this.started ??= performance.now();
+    this.progress[number] = { hasPrior, part: Math.max(part, this.progress[number]?.part ?? 0) };
+    const all = this.progress.reduce((sum, one) => sum + (one?.part ?? 0), 0) / this.card.requests.length;
+    const seconds = all > 0.1 ? ((performance.now() - this.started) / 1000) * (1 / all - 1) : undefined;
+    const doing = stage === "decoder" ? "Drawing" : stage === "prior" ? "Finding the meaning" : "Looking at the image";
+    this.showText(`${doing}${formatSeconds(data.seconds_left ?? seconds, " left")}`, all);
+  }
+
+  showText(text, part = null) {
+    this.text.textContent = text;
+    this.bar.classList.toggle("unknown", part === null);
+    if (part === null) return this.bar.removeAttribute("aria-valuenow");
+    this.bar.setAttribute("aria-valuenow", Math.round(100 * part));
+    this.bar.firstChild.style.setProperty("--part", part);
+  }
+
+  cancel() {
+    this.controller.abort();
+  }
+
+  /** Show why nothing was drawn. */
+  fail(error) {
+    this.isDrawing = false;
+    this.element.classList.remove("drawing");
+    this.element.classList.add("failed");
+    this.showText(explain(error));
+    say(explain(error));
+    const again = h("button", { class: "button quiet", type: "button", onclick: () => this.run() }, "Try again");
+    this.tools.replaceChildren(again, iconButton("close", "Dismiss", () => this.gallery.drop(this)));
+    this.gallery.update();
+  }
+}
+
+/** Return an error as a sentence. */
+export function explain(error) {
+  if (!(error instanceof ApiError || error instanceof LostServer)) console.error(error);
+  const text = error.message || "Something went wrong";
+  return `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+}
+
+const countImages = (count) => (count === 1 ? "one image" : `${count} images`);
+
+function formatSeconds(seconds, after = "") {
+  if (!Number.isFinite(seconds)) return "";
+  return seconds < 90 ? ` · about ${Math.max(1, Math.round(seconds))} s${after}` : ` · about ${Math.round(seconds / 60)} min${after}`;
+}
+
+/** All cards, the newest first. */
+export class Gallery {
+  /** onchange: called when a card begins, ends or goes. */
+  constructor(element, app, onchange) {
+    Object.assign(this, { element, app, onchange, views: [], starred: false, more: false });
+  }
+
+  get isEmpty() {
+    return !this.views.length;
+  }
+
+  get drawing() {
+    return this.views.filter((view) => view.isDrawing);
+  }
+
+  update() {
+    this.onchange();
+  }
+
+  /** Start a drawing: a new card at the top. Returns a promise of its end. */
+  draw(requests, { title, layout = "grid", captions, parents = [] }) {
+    const kept = requests.map((request) => ({ ...request, images: request.images?.map((image) => (image.id ? { id: image.id } : image)) }));
+    const about = { title, layout, captions, requests: kept, parents: parents.map((item) => item.id) };
+    const view = new CardView(this, { id: newCardId(), created: Date.now(), items: [], ...about });
+    this.views.unshift(view);
+    this.element.prepend(view.element);
+    view.element.scrollIntoView({ block: "nearest", behavior: "smooth" });
+    return view.run();
+  }
+
+  /** Put an image of the person's own into the gallery, and the history. */
+  async add(item, title) {
+    const card = { id: newCardId(), created: Date.now(), title, layout: "grid", requests: [{ route: null, fields: { n: 1 } }], parents: [], items: [item.id] };
+    item.card = card.id;
+    await saveItem(item);
+    await saveCard(card);
+    const view = new CardView(this, card);
+    this.views.unshift(view);
+    this.element.prepend(view.element);
+    await view.restore();
+  }
+
+  /** Show the history, or those cards that have a star. */
+  async load({ starred = false } = {}) {
+    this.starred = starred;
+    const drawing = this.drawing;
+    this.views = drawing;
+    this.element.replaceChildren(...drawing.map((view) => view.element));
+    await this.loadMore();
+  }
+
+  /** Show older cards. */
+  async loadMore() {
+    const shown = this.views.filter((view) => !view.isDrawing);
+    const before = shown.length ? Math.min(...shown.map((view) => view.card.created)) : Infinity;
+    const { cards, more } = await readCards({ before, starred: this.starred });
+    this.more = more;
+    for (const card of cards) {
+      const view = new CardView(this, card);
+      this.views.push(view);
+      this.element.append(view.element);
+      await view.restore();
+    }
+    this.update();
+  }
+
+  /** Show an item's star, wherever it is. */
+  mark(item) {
+    for (const slot of this.views.flatMap((view) => view.slots)) if (slot.item === item) slot.mark();
+  }
+
+  drop(view) {
+    this.views = this.views.filter((other) => other !== view);
+    view.element.remove();
+    this.update();
+  }
+
+  async removeCard(view) {
+    const next = view.element.nextElementSibling ?? view.element.previousElementSibling;
+    await removeItems(view.card.items);
+    this.drop(view);
+    (next?.querySelector(".picture-open") ?? document.querySelector("#prompt")).focus();
+    toast("Removed");
+  }
+
+  /** Remove one image; with the last one its card goes. */
+  async remove(item) {
+    const view = this.views.find((other) => other.slots.some((slot) => slot.item === item));
+    if (view && view.card.items.length < 2) return this.removeCard(view);
+    await removeItems([item.id]);
+    view?.slots.find((slot) => slot.item === item).element.remove();
+    if (view) view.slots = view.slots.filter((slot) => slot.item !== item);
+    toast("Removed");
+  }
+
+  cancelAll() {
+    this.drawing.forEach((view) => view.cancel());
+  }
+}
+
+const newCardId = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
+
+/** Return the request that drew an item, alone and with its own seed; null for an image from elsewhere. */
+export function findRequest(item) {
+  const card = findCard(item);
+  const request = card?.requests[item.request ?? 0];
+  if (!request?.route) return null;
+  return { ...request, fields: { ...request.fields, n: 1, seed: item.record?.seed ?? request.fields.seed } };
+}
