@@ -36,7 +36,7 @@ export function buildActions(app) {
       },
     },
     recall: {
-      label: "Use its settings", icon: "recall", key: "u", hint: "Words, settings and seed, to draw the same image or change one thing", isPossible: (item) => Boolean(item.record),
+      label: "Use settings", icon: "recall", key: "u", hint: "Words, settings and seed, to draw the same image or change one thing", isPossible: (item) => Boolean(item.record),
       run: (item) => app.recall(item),
     },
     upsample: {
@@ -49,7 +49,7 @@ export function buildActions(app) {
     },
     download: { staysOpen: true, label: "Download", icon: "download", key: "d", hint: "The PNG file, with its settings in it", isPossible: always, run: (item) => saveFile(item.blob, nameFile(item)) },
     code: {
-      staysOpen: true, label: "Copy as Python or curl", icon: "copy", key: "p", hint: "The same drawing as code", isPossible: (item) => Boolean(findOrigin(item)),
+      staysOpen: true, label: "As code", icon: "copy", key: "p", hint: "Copy the drawing as Python or curl", isPossible: (item) => Boolean(findOrigin(item)),
       run: async (item) => {
         const request = findOrigin(item);
         const images = await Promise.all((request.images ?? []).map(async (image) => (image.id ? ((await findItems([image.id]))[0] ?? image) : image)));

@@ -70,7 +70,13 @@ class Slot {
       return h("button", { class: "button text", type: "button", title: action.hint, "aria-label": `${action.label}: ${label}`, onclick: () => action.run(item) }, icon(action.icon), h("span", {}, action.label));
     };
     const more = iconButton("more", `More actions: ${label}`, (event) => app.openMenu(item, event.currentTarget), { "aria-haspopup": "menu" });
-    this.tools.replaceChildren(text("variations"), text("edit"), text("mix"), h("span", { class: "spacer" }), this.star, more);
+    // Those that the menu has too show where there is room
+    const roomy = (name) => {
+      const action = app.actions[name];
+      return action.isPossible(item) ? iconButton(action.icon, `${action.label}: ${label}`, () => action.run(item), { class: "roomy", title: action.label }) : null;
+    };
+    const buttons = [text("variations"), text("edit"), text("mix"), h("span", { class: "spacer" }), roomy("again"), roomy("download"), this.star, more];
+    this.tools.replaceChildren(...buttons.filter(Boolean));
     this.mark();
   }
 
@@ -147,8 +153,7 @@ class CardView {
     const signal = this.controller.signal;
     const results = await Promise.allSettled(this.card.requests.map((request, number) => this.runRequest(request, number, signal)));
     const failure = results.find(({ reason }) => reason && reason.name !== "AbortError")?.reason;
-    // One that failed ends the others of its card: what is left of it can be drawn again as a whole
-    await this.keep();
+      await this.keep();
     if (this.card.items.length) {
       await this.restore();
       say(`Drawn: ${this.card.title}`);

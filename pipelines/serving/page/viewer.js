@@ -70,7 +70,7 @@ async function fill(view, item, app, move) {
   view.setTitle(item.prompt || "Image");
   const refresh = () => fill(view, item, app, move);
   const image = h("img", { src: item.url, alt: item.prompt || "Image without words", width: item.width, height: item.height });
-  const stage = h("div", { class: "stage" }, iconButton("previous", "Previous image", () => move(-1), { class: "turn" }), image, iconButton("next", "Next image", () => move(1), { class: "turn" }));
+  const stage = h("div", { class: "viewer-stage" }, iconButton("previous", "Previous image", () => move(-1), { class: "turn" }), image, iconButton("next", "Next image", () => move(1), { class: "turn" }));
 
   const actions = h("div", { class: "action-list", role: "group", "aria-label": "Actions" });
   for (const [name, action] of Object.entries(app.actions)) {
