@@ -1,4 +1,5 @@
 # make demo   install, then draw "a cat" with the model in models/emoji
+# make serve  install, then serve that model and print the address of its page; SERVE="--port 9000" adds options
 # make test   install, then run the tests: five minutes on two cores
 # make test-all every test but the full sweep of faults: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
@@ -9,10 +10,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format faults gallery bench clean
+.PHONY: demo serve test test-all lint format faults gallery bench clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
+
+serve: $(VENV)/installed
+	@$(BIN)/t2i serve $(SERVE)
 
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 

@@ -40,11 +40,10 @@ export function buildActions(app) {
       run: (item) => app.recall(item),
     },
     upsample: {
-      label: "Upsample", icon: "upsample", key: "z", hint: "The same image, drawn larger", isPossible: (item) => canUpsample(item, app.model),
+      label: "Upsample", icon: "upsample", key: "z", hint: "The same image, drawn larger", isPossible: () => app.model.upsample > 0,
       run: (item) => {
-        const request = findOrigin(item);
-        const fields = { ...request.fields, upsample: 1 };
-        return app.draw([{ ...request, fields }], { title: `${name(item)}, larger`, parents: [item] });
+        const fields = { seed: app.seed(), upsample: 1 };
+        return app.draw([{ route: "upsamplings", fields, images: [item] }], { title: `${name(item)}, larger`, parents: [item] });
       },
     },
     download: { staysOpen: true, label: "Download", icon: "download", key: "d", hint: "The PNG file, with its settings in it", isPossible: always, run: (item) => saveFile(item.blob, nameFile(item)) },
@@ -75,11 +74,6 @@ function findOrigin(item) {
   const { record } = item;
   if (!record?.prompt || record.image || record.mask_image || record.images || record.anchors) return null;
   return { route: "generations", fields: { prompt: record.prompt, ...readFields(record), n: 1 }, images: [] };
-}
-
-function canUpsample(item, model) {
-  const request = findOrigin(item);
-  return Boolean(model.upsample && request && request.route !== "edits" && !request.fields.upsample);
 }
 
 const describeVariations = (item) => (item.prompt ? `Variations of ${item.prompt.replace(/^Variations of /, "")}` : "Variations");

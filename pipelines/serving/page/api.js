@@ -133,7 +133,7 @@ async function takeTurn(signal, run) {
  * request: {route, fields, images, mask}. Raises ApiError, LostServer and AbortError.
  */
 export async function draw(request, { signal, onEvent, watched = true }) {
-  const extra = watched && request.route !== "variations" ? { stream: true, partial_images: 3, progress: true } : {};
+  const extra = watched ? { stream: true, partial_images: 3, progress: true } : {};
   const fields = { response_format: "b64_json", ...request.fields, ...extra };
   return takeTurn(signal, async () => {
     for (;;) {

@@ -77,13 +77,12 @@ export class Composer {
   /** Ask the server which words the model has never seen. */
   async check() {
     const text = this.input.value;
-    if (!text.trim() || !this.isReady || this.cannotCheck) return;
+    if (!text.trim() || !this.app.model.knows_words) return;
     try {
       if (!this.checked.has(text)) this.checked.set(text, await this.app.api.findUnknownWords(text));
       if (this.input.value === text) this.show(this.checked.get(text));
-    } catch (error) {
-      // A server without the route is not asked again; one that is away or busy may answer for the next words
-      this.cannotCheck = [404, 405].includes(error.status);
+    } catch {
+      // A server that is away or busy may answer for the next words
     }
   }
 

@@ -213,7 +213,7 @@ class CardView {
     const { stage, step = 0, steps = 1 } = data;
     if (stage === "queued") {
       const before = data.position ? `: ${countImages(data.position)} first` : "";
-      this.showText(`Waiting for its turn${before}${formatSeconds(data.wait ?? data.seconds)}`);
+      this.showText(`Waiting for its turn${before}${formatSeconds(data.seconds_left)}`);
       return;
     }
     const hasPrior = stage === "prior" || this.progress[number]?.hasPrior;

@@ -136,7 +136,9 @@ async function openTool(name, image) {
   const tool = TOOLS[name];
   const module = await import(tool.module);
   const view = openView(tool.title, { kind: `tool ${name}` });
-  module[tool.open]({ image, images: [image], view, app });
+  // For the tool, its own settings
+  const settings = (route) => app.drawer.collect(route, name);
+  module[tool.open]({ image, images: [image], view, app: { ...app, settings } });
 }
 
 // The connection

@@ -20,6 +20,9 @@ const SLIDERS = {
   candidates: { label: "Candidates", min: 1, max: 16, step: 1, format: whole, routes: "g", fallback: 2, group: "prior", hint: "Meanings to choose the nearest from." },
 };
 const ROUTE_LETTERS = { generations: "g", edits: "e", variations: "v" };
+// Settings of a route that some of its tasks have no use for, and the server refuses
+const PRIOR = ["prior_steps", "prior_guidance_scale", "prior_sampler", "candidates"];
+const IDLE = { change: [...PRIOR, "negative_prompt"], mix: ["negative_prompt"] };
 const OTHERS = { sampler: "gv", negative_prompt: "gev", size: "g", seed: "" };
 
 // Names of records in PNG files, which are those of the pipelines, by the API's names
@@ -50,18 +53,26 @@ export class Settings {
     Object.assign(this, { model, element, onchange, sliders: {} });
     this.defaults = { ...mapValues(SLIDERS, ({ fallback }) => fallback), ...(model.defaults ?? {}), n: Math.min(4, model.max_n ?? 10) };
     try {
-      this.values = JSON.parse(localStorage.getItem(KEPT_UNDER)) ?? {};
+      const kept = Object.entries(JSON.parse(localStorage.getItem(KEPT_UNDER)) ?? {});
+      this.values = Object.fromEntries(kept.filter(([name]) => name in SLIDERS || name in OTHERS));
     } catch {
       this.values = {};
     }
     this.build();
   }
 
-  /** Return the fields to send to a route: those that were changed. */
-  collect(route) {
-    const letter = ROUTE_LETTERS[route];
-    const names = Object.keys(this.values).filter((name) => (SLIDERS[name]?.routes ?? OTHERS[name] ?? "").includes(letter));
-    return Object.fromEntries(names.filter((name) => name !== "n").map((name) => [name, this.values[name]]));
+  /** Return the fields to send to a route, for a tool if one asks: those that were changed. */
+  collect(route, tool = null) {
+    const names = Object.keys(this.values).filter(
+      (name) =>
+        name !== "n" &&
+        (SLIDERS[name]?.routes ?? OTHERS[name]).includes(ROUTE_LETTERS[route]) &&
+        (this.model.fields?.[route]?.includes(name) ?? true) &&
+        !IDLE[tool]?.includes(name),
+    );
+    // A variation near the image inverts it, with nothing to guide it away from
+    const idle = route === "variations" && names.includes("eta") ? ["negative_prompt"] : [];
+    return Object.fromEntries(names.filter((name) => !idle.includes(name)).map((name) => [name, this.values[name]]));
   }
 
   /** The number of images of a drawing. */

@@ -1,0 +1,213 @@
+"""The page as people use it, in Chromium, with a server that draws with the shipped model."""
+
+import io
+import json
+import zipfile
+
+import pytest
+from PIL import Image
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+DARK = {"color_scheme": "dark"}
+
+
+def test_a_prompt_gives_four_images_with_previews_and_the_seeds_count_up(visit):
+    visit.open(steps=6, prior_steps=2, candidates=1)
+    visit.page.get_by_label("Prompt", exact=True).fill("a cat")
+    visit.page.get_by_role("button", name="Draw", exact=True).click()
+    visit.page.locator("img.preview").nth(3).wait_for(state="attached")
+    assert visit.page.get_by_role("progressbar").get_attribute("aria-valuenow")
+    visit.wait_for_pictures(4)
+    items = visit.read_items()
+    seeds = sorted(item["record"]["seed"] for item in items)
+    assert seeds == list(range(seeds[0], seeds[0] + 4))
+    assert {(item["prompt"], item["record"]["num_inference_steps"]) for item in items} == {("a cat", 6)}
+    assert visit.page.locator(".card-status").is_hidden()
+
+
+def test_variations_chain_show_their_path_and_survive_a_reload(visit):
+    visit.draw("red apple")
+    visit.page.get_by_role("button", name="Variations: red apple, 2 of 4").click()
+    visit.wait_for_pictures(8)
+    visit.page.get_by_role("button", name="Variations: Variations of red apple, 1 of 4").click()
+    visit.wait_for_pictures(12)
+    # Oldest first: the apple, its variation, then what was drawn from that
+    assert visit.page.locator(".card").first.locator(".path li").count() == 2
+    visit.pictures.nth(5).get_by_role("button", name="Star", exact=False).click()
+    before = [visit.pictures.nth(index).get_attribute("data-item") for index in range(12)]
+    visit.open()
+    visit.wait_for_pictures(12)
+    assert [visit.pictures.nth(index).get_attribute("data-item") for index in range(12)] == before
+    assert visit.page.locator(".card").first.locator(".path li").count() == 2
+    # The star is kept, and finds its card
+    visit.page.get_by_role("button", name="Starred only").click()
+    visit.page.locator(".card").nth(1).wait_for(state="detached")
+    assert visit.page.locator('.star[aria-pressed="true"]').count() == 1
+    # The large view leads up and down the tree
+    visit.page.get_by_role("button", name="Starred only").click()
+    visit.wait_for_pictures(12)
+    visit.pictures.nth(9).locator(".picture-open").click()
+    dialog = visit.page.get_by_role("dialog")
+    dialog.get_by_role("heading", name="Drawn from it").wait_for()
+    dialog.locator(".children button").first.click()
+    dialog.get_by_role("heading", name="Variations of red apple").wait_for()
+    assert dialog.locator(".path li").count() == 1
+
+
+def test_one_drawing_or_all_are_cancelled(visit):
+    visit.open(steps=100)
+    for prompt in ("a cat", "rocket", "red apple"):
+        visit.page.get_by_label("Prompt", exact=True).fill(prompt)
+        visit.page.keyboard.press("Enter")
+    # Four images draw at a time: the others know their place
+    visit.page.get_by_text("Waiting for its turn").first.wait_for()
+    visit.page.locator(".card", has_text="rocket").get_by_role("button", name="Cancel").click()
+    visit.page.locator(".card", has_text="rocket").wait_for(state="detached")
+    assert visit.page.locator(".card").count() == 2
+    visit.page.get_by_role("button", name="Cancel all").click()
+    visit.page.locator(".card").first.wait_for(state="detached")
+    visit.page.get_by_role("heading", name="What shall we draw?").wait_for()
+    assert visit.read_items() == []
+
+
+def test_a_dropped_image_brings_its_settings_back(visit, tmp_path):
+    visit.open(steps=3, prior_steps=2, negative_prompt="a dog", seed=41)
+    visit.draw("a cat")
+    with visit.page.expect_download() as download:
+        visit.pictures.nth(1).locator(".picture-open").focus()
+        visit.page.keyboard.press("d")
+    assert download.value.suggested_filename == "a-cat-42.png"
+    path = tmp_path / "cat.png"
+    download.value.save_as(path)
+    # In another browser, that has drawn nothing
+    visit.page.evaluate("localStorage.clear(); indexedDB.deleteDatabase('t2i')")
+    visit.open()
+    encoded = list(path.read_bytes())
+    visit.page.evaluate(
+        """(bytes) => {
+          const data = new DataTransfer();
+          data.items.add(new File([new Uint8Array(bytes)], "cat.png", { type: "image/png" }));
+          document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        encoded,
+    )
+    visit.wait_for_pictures(1)
+    visit.page.get_by_text("Its words, settings and seed are set").wait_for()
+    assert visit.page.get_by_label("Prompt", exact=True).input_value() == "a cat"
+    kept = json.loads(visit.page.evaluate("localStorage.getItem('t2i.settings')"))
+    assert {name: kept[name] for name in ("seed", "steps", "negative_prompt")} == {
+        "seed": 42,
+        "steps": 3,
+        "negative_prompt": "a dog",
+    }
+    # The same words and seed draw the same image
+    visit.page.keyboard.press("s")
+    visit.page.get_by_label("Images at once").fill("1")
+    visit.page.get_by_role("button", name="Draw", exact=True).click()
+    visit.wait_for_pictures(2)
+    with visit.page.expect_download() as download:
+        visit.pictures.nth(0).locator(".picture-open").focus()
+        visit.page.keyboard.press("d")
+    again = Image.open(download.value.path())
+    assert again.tobytes() == Image.open(io.BytesIO(bytes(encoded))).tobytes()
+
+
+def test_a_lost_server_is_said_calmly_and_drawing_goes_on_when_it_is_back(visit):
+    visit.context.set_offline(True)
+    visit.page.get_by_label("Prompt", exact=True).fill("a cat")
+    visit.page.keyboard.press("Enter")
+    visit.page.get_by_role("status").filter(has_text="The server does not answer").wait_for()
+    assert visit.page.get_by_label("Prompt", exact=True).input_value() == "a cat"
+    visit.context.set_offline(False)
+    visit.wait_for_pictures(4)
+    assert visit.page.locator("#banner").is_hidden()
+    # The browser itself logs requests that failed
+    visit.errors = [error for error in visit.errors if "ERR_INTERNET_DISCONNECTED" not in error]
+
+
+def test_unknown_words_are_underlined_and_bad_settings_are_explained(visit):
+    visit.page.get_by_label("Prompt", exact=True).fill("a cat with a zeppelin")
+    visit.page.locator("mark", has_text="zeppelin").wait_for()
+    assert "zeppelin" in visit.page.locator("#prompt-note").inner_text()
+    visit.open(size="40x4000")
+    visit.page.get_by_label("Prompt", exact=True).fill("a cat")
+    visit.page.keyboard.press("Enter")
+    visit.page.locator(".card.failed").wait_for()
+    assert "size" in visit.page.locator(".card .status-text").inner_text()
+    visit.errors = [error for error in visit.errors if "status of 400" not in error]
+
+
+def test_images_are_exported_in_one_file_with_their_tree(visit):
+    visit.draw("a cat")
+    visit.page.get_by_role("button", name="Variations: a cat, 1 of 4").click()
+    visit.wait_for_pictures(8)
+    with visit.page.expect_download() as download:
+        visit.page.get_by_role("button", name="Export images").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.testzip() is None
+        tree = json.loads(archive.read("images.json"))
+        assert sorted(archive.namelist()) == sorted(["images.json", *(image["file"] for image in tree)])
+        for image in tree:
+            with Image.open(io.BytesIO(archive.read(image["file"]))) as found:
+                assert json.loads(found.text["t2i"])["seed"] == image["record"]["seed"]
+    parents = {parent for image in tree for parent in image["drawn_from"]}
+    assert len(tree) == 8 and len(parents) == 1 and parents <= {image["file"] for image in tree}
+
+
+def test_the_keyboard_alone_draws_moves_and_opens(visit):
+    page = visit.page
+    page.keyboard.press("/")
+    page.keyboard.type("a cat")
+    page.keyboard.press("Enter")
+    visit.wait_for_pictures(4)
+    visit.pictures.nth(0).locator(".picture-open").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("f")
+    page.locator('.star[aria-pressed="true"]').wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").get_by_role("heading", name="a cat").wait_for()
+    page.keyboard.press("Escape")
+    # The focus is where it was
+    assert page.evaluate("document.activeElement.closest('.picture').dataset.item") == visit.pictures.nth(
+        1
+    ).get_attribute("data-item")
+    page.keyboard.press("p")
+    code = page.get_by_role("dialog").locator("pre")
+    assert 'prompt="a cat"' in code.inner_text()
+    page.get_by_role("dialog").get_by_text("curl").click()
+    assert code.inner_text().startswith("curl 'http://127.0.0.1")
+    page.keyboard.press("Escape")
+    page.keyboard.press("?")
+    page.get_by_role("dialog").get_by_role("heading", name="Keyboard").wait_for()
+
+
+@pytest.mark.parametrize("visit", [{}, DARK, PHONE], indirect=True, ids=["light", "dark", "phone"])
+def test_every_view_is_accessible_and_no_wider_than_the_window(visit):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
+    page = visit.page
+
+    def check(view: str) -> None:
+        found = axe.run(page).response["violations"]
+        told = [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
+        assert told == [], view
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+
+    check("empty")
+    visit.draw("a cat")
+    check("gallery")
+    visit.pictures.nth(0).get_by_role("button", name="More actions", exact=False).click()
+    check("menu")
+    page.keyboard.press("Escape")
+    visit.pictures.nth(0).locator(".picture-open").click()
+    page.get_by_role("dialog").get_by_role("heading", name="Settings").wait_for()
+    check("large view")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Settings", exact=True).click()
+    check("settings")
+    page.keyboard.press("Escape")
+    for tool in ("Edit", "Mix", "Extend", "Change"):
+        visit.pictures.nth(0).get_by_role("button", name="More actions", exact=False).click()
+        page.get_by_role("menuitem", name=tool).click()
+        page.get_by_role("dialog", name=tool).wait_for()
+        check(tool)
+        page.keyboard.press("Escape")
