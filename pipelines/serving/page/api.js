@@ -130,11 +130,11 @@ async function takeTurn(signal, run) {
  *   "progress" {stage, step, steps, ...}
  *   "preview" {index, blob}        an estimate of image `index` of the request
  *   "image" {index, blob, seed}    the image
- * request: {route, fields, images, mask}. Raises ApiError, LostServer and AbortError.
+ * request: {route, fields, images, mask}. taken: the names of the fields that the route takes. Raises ApiError, LostServer and AbortError.
  */
-export async function draw(request, { signal, onEvent, watched = true }) {
-  const extra = watched ? { stream: true, partial_images: 3, progress: true } : {};
-  const fields = { response_format: "b64_json", ...request.fields, ...extra };
+export async function draw(request, { signal, onEvent, taken }) {
+  const watch = Object.entries({ stream: true, partial_images: 3, progress: true }).filter(([name]) => taken?.includes(name) ?? true);
+  const fields = { response_format: "b64_json", ...request.fields, ...Object.fromEntries(watch) };
   return takeTurn(signal, async () => {
     for (;;) {
       try {

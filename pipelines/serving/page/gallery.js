@@ -177,7 +177,8 @@ class CardView {
     };
     for (;;) {
       try {
-        await draw({ ...request, images, fields: { model: this.app.model.id, ...request.fields } }, { signal, onEvent });
+        const { id: model, fields: taken = {} } = this.app.model;
+        await draw({ ...request, images, fields: { model, ...request.fields } }, { signal, onEvent, taken: taken[request.route] });
         await Promise.all(arrived);
         return;
       } catch (error) {
