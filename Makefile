@@ -5,12 +5,13 @@
 # make lint   ruff and mypy
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
+# make soak   load tests of `t2i serve`, the longest for ten minutes: a table of what was wanted and measured
 # make faults every fault test, half an hour, and a table of what was injected and survived
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-all lint format faults gallery bench clean
+.PHONY: demo serve test test-all lint format faults gallery bench soak clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
@@ -44,6 +45,9 @@ gallery: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+soak: $(VENV)/installed
+	$(BIN)/python -m tests.serving.load
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,7 @@ from t2i.pipelines.serving.api.responses import (
     send_framework_error,
     send_internal_error,
 )
-from t2i.pipelines.serving.drawing import DrawnImage
+from t2i.pipelines.serving.drawing import DrawnImage, EngineLost
 from t2i.pipelines.serving.page_files import build_page_routes
 from t2i.pipelines.serving.service import Job, Service
 from t2i.pipelines.serving.store import ImageStore
@@ -129,7 +129,7 @@ class ImagesApi:
                 # A cancelled job ends with an event too, "failed"
                 found = await event
                 if found.kind == "failed":
-                    raise explain_failure(found.data["error"], job)
+                    raise explain_failure(found.data["error"])
                 if found.kind == "done":
                     return found.data["images"]
         finally:
@@ -184,6 +184,8 @@ def start_job(service: Service, drawn: Any) -> Job:
     except QueueFull as error:
         seconds = min(MAX_RETRY_SECONDS, max(1, round(error.retry_after)))
         raise ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)}) from error
+    except EngineLost as error:
+        raise explain_failure(error) from error
     except Draining as error:
         raise ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true"}) from error
 

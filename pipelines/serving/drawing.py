@@ -12,7 +12,7 @@ from t2i.pipelines.image_to_image import ImageToImagePipeline
 from t2i.pipelines.image_variation import ImageVariationPipeline
 from t2i.pipelines.inpaint import InpaintPipeline, OutpaintPipeline
 from t2i.pipelines.jobs.generation import DRAWING_COMPONENTS, build_records
-from t2i.pipelines.jobs.planning import ModelSource, split_settings
+from t2i.pipelines.jobs.planning import ModelSource, load_pipeline, split_settings
 from t2i.pipelines.jobs.records import Record, build_settings_record
 from t2i.pipelines.memory_needed import count_fitting_pixels
 from t2i.pipelines.serving.engine import EngineCounts, StepEngine
@@ -89,6 +89,10 @@ class DrawnImage:
     seed: int
 
 
+class EngineLost(RuntimeError):
+    """End of a request because there is no engine to draw it: its process died, or hangs. It may be sent again."""
+
+
 class Watch(Protocol):
     """Listener to a request while it is drawn, called in the thread that draws it."""
 
@@ -118,6 +122,13 @@ class Drawer:
     @property
     def counts(self) -> EngineCounts:
         return self.engine.counts
+
+    def wait_until_ready(self) -> None:
+        """Return: the model is loaded."""
+
+    def watch_room(self, report: Callable[[float | None], object]) -> None:
+        """Report the pixels that fit into memory at once, which do not change."""
+        report(self.facts.max_pixels)
 
     def cancel(self, request: DrawRequest) -> None:
         """End a request that draws, or will draw, before its next step; from any thread."""
@@ -186,3 +197,14 @@ class Drawer:
                 shown += 1
 
         return report
+
+
+def load_drawer(source: ModelSource, max_batch: int, processes: int = 1) -> Drawer:
+    """Load a model and return its drawer, warmed up. Raises InputError; see `load_pipeline`.
+
+    max_batch: images that are drawn at the same time. processes: see `Drawer`.
+    """
+    engine = StepEngine(load_pipeline(source, Text2ImagePipeline), max_rows=4 * max_batch)
+    # Rows of one image without and with guidance, and of a full batch with guidance
+    engine.warm_up(counts=(1, 2, 2 * max_batch))
+    return Drawer(engine, source, processes)

@@ -81,6 +81,13 @@ class EngineCounts:
     longest: float = 0.0  # seconds of a call
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DENOISERS, 0.0))
 
+    def add(self, other: "EngineCounts") -> "EngineCounts":
+        """Return the counts of two engines together."""
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in ("calls", "rows", "added_rows")}
+        numbers["wasted_rows"] = self.wasted_rows + other.wasted_rows
+        seconds = {name: self.seconds[name] + other.seconds[name] for name in self.seconds}
+        return EngineCounts(**numbers, longest=max(self.longest, other.longest), seconds=seconds)
+
 
 class StepEngine:
     """Batches the steps of pipeline calls that run in several threads. Close it, or use it as a context manager.

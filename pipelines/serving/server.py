@@ -1,23 +1,25 @@
 """The process of `t2i serve`: the model, the application, and uvicorn around it."""
 
+import itertools
 import logging
 import socket
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
+from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.admission import Admission
 from t2i.pipelines.serving.app import ImagesApi
-from t2i.pipelines.serving.drawing import Drawer
-from t2i.pipelines.serving.engine import StepEngine
-from t2i.pipelines.serving.service import Service
+from t2i.pipelines.serving.drawing import load_drawer
+from t2i.pipelines.serving.service import AnyDrawer, Service
 from t2i.pipelines.serving.store import ImageStore
-from t2i.pipelines.text2image import Text2ImagePipeline
+from t2i.pipelines.serving.workers import RemoteDrawer
 
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
+from t2i.runtime.devices import resolve_device_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,10 @@ class ServerSettings:
         queue_timeout: seconds that a request waits for its turn at most.
         drain: seconds that requests have to end when the server shuts down.
         name: of the model in the API; None is that of its folder.
-        aliases: other names of the model.
+        aliases: other names of the first model, or of another one as ALIAS=NAME.
+        models: names and folders of several models, instead of the source's.
+        devices: of each model, which has a worker process on each of them; none are the source's.
+        workers: processes of each model on each device. One in all is none: the server draws itself.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +52,9 @@ class ServerSettings:
     drain: float = 30.0
     name: str | None = None
     aliases: tuple[str, ...] = ()
+    models: tuple[tuple[str, str], ...] = ()
+    devices: tuple[str, ...] = ()
+    workers: int = 1
 
     def __post_init__(self) -> None:
         check_integer("port", self.port, 0, 65_535)
@@ -54,6 +62,7 @@ class ServerSettings:
         check_integer("max-queue", self.max_queue, 0, 100_000)
         check_range("queue-timeout", self.queue_timeout, 0.1, 86_400)
         check_range("drain", self.drain, 0, 3600)
+        check_integer("workers", self.workers, 1, 64)
         if self.host not in LOOPBACK_HOSTS:
             raise InputError(f"host must be one of {', '.join(LOOPBACK_HOSTS)}, got {self.host!r}")
 
@@ -93,22 +102,47 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build_service(source: ModelSource, settings: ServerSettings) -> Service:
-    """Load a model and return its service, warmed up."""
-    pipeline = load_pipeline(source, Text2ImagePipeline)
-    engine = StepEngine(pipeline, max_rows=4 * settings.max_batch)
-    # Rows of one image without and with guidance, and of a full batch with guidance
-    engine.warm_up(counts=(1, 2, 2 * settings.max_batch))
-    admission = Admission(settings.max_batch, settings.max_queue)
-    name = settings.name or Path(source.model).resolve().name
-    return Service(name, [Drawer(engine, source)], admission, settings.queue_timeout)
+def build_services(source: ModelSource, settings: ServerSettings) -> dict[str, Service]:
+    """Load the models, each in its processes at the same time, and return their services by name, warmed up."""
+    models = dict(settings.models) or {settings.name or Path(source.model).resolve().name: source.model}
+    devices = [resolve_device_name(device) for device in settings.devices or (source.device,)]
+    places = [device for device in devices for _ in range(settings.workers)]
+    build = RemoteDrawer if len(models) * len(places) > 1 else load_drawer
+    processes = len(models) * settings.workers
+    drawers: dict[str, list[AnyDrawer]] = {name: [] for name in models}
+    try:
+        for (name, model), device in itertools.product(models.items(), places):
+            drawers[name].append(build(replace(source, model=model, device=device), settings.max_batch, processes))
+        for drawer in itertools.chain(*drawers.values()):
+            drawer.wait_until_ready()
+    except BaseException:
+        for drawer in itertools.chain(*drawers.values()):
+            drawer.close()
+        raise
+    return {
+        name: Service(
+            name, found, Admission(settings.max_batch, settings.max_queue, lanes=len(places)), settings.queue_timeout
+        )
+        for name, found in drawers.items()
+    }
+
+
+def find_aliases(settings: ServerSettings, names: Collection[str]) -> dict[str, str]:
+    """Return the models that aliases stand for. Raises InputError for one that stands for no model."""
+    aliases = {}
+    for text in settings.aliases:
+        alias, _, name = text.partition("=")
+        aliases[alias] = name or next(iter(names))
+        if aliases[alias] not in names:
+            raise InputError(f"alias {text!r} names no model; there are {', '.join(names)}")
+    return aliases
 
 
 def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore | None = None) -> ImagesApi:
     """Load a model and return the routes that serve it. store: None keeps images in this process."""
-    service = build_service(source, settings)
-    aliases = dict.fromkeys(settings.aliases, service.name)
-    return ImagesApi({service.name: service}, ImageStore() if store is None else store, aliases)
+    services = build_services(source, settings)
+    aliases = find_aliases(settings, services)
+    return ImagesApi(services, ImageStore() if store is None else store, aliases)
 
 
 def serve(source: ModelSource, settings: ServerSettings) -> None:
@@ -124,7 +158,8 @@ def serve(source: ModelSource, settings: ServerSettings) -> None:
         server_header=False,
     )
     host, port = listener.getsockname()[:2]
-    print(f"{next(iter(api.services))} is served on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    names = f"{', '.join(api.services)} {'is' if len(api.services) == 1 else 'are'} served"
+    print(f"{names} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
         DrainingServer(config, api).run(sockets=[listener])
     finally:

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from typing import Protocol
 
 from PIL import Image
 from t2i.pipelines.serving.admission import Admission, Ticket
-from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, ModelFacts, Watch
+from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, EngineLost, ModelFacts, Watch
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
 from t2i.pipelines.serving.events import Event, EventFeed
 
@@ -24,6 +25,8 @@ class AnyDrawer(Protocol):
     def is_alive(self) -> bool: ...
     @property
     def counts(self) -> EngineCounts: ...
+    def wait_until_ready(self) -> None: ...
+    def watch_room(self, report: Callable[[float | None], object]) -> None: ...
     def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]: ...
     def cancel(self, request: DrawRequest) -> None: ...
     def close(self) -> None: ...
@@ -69,7 +72,7 @@ class Service:
         self.threads = ThreadPoolExecutor(admission.max_running, thread_name_prefix="t2i-request")
         self.jobs: set[Job] = set()
         for lane, drawer in zip(admission.lanes, drawers, strict=True):
-            admission.set_room(lane, drawer.facts.max_pixels)
+            drawer.watch_room(partial(admission.set_room, lane))
         self.closed = threading.Event()
         threading.Thread(target=self.watch_queue, name="t2i-queue", daemon=True).start()
 
@@ -77,6 +80,11 @@ class Service:
     def drawer(self) -> AnyDrawer:
         """The first drawer; any is as good for questions about the model."""
         return self.drawers[0]
+
+    @property
+    def counts(self) -> EngineCounts:
+        """The counts of all engines together."""
+        return reduce(EngineCounts.add, (drawer.counts for drawer in self.drawers))
 
     @property
     def is_alive(self) -> bool:
@@ -89,7 +97,10 @@ class Service:
         return any(lane.is_open for lane in self.admission.lanes)
 
     def submit(self, request: DrawRequest, key: str = "") -> Job:
-        """Start a request. Raises QueueFull and Draining."""
+        """Start a request. Raises QueueFull and Draining, and EngineLost while nothing can draw."""
+        # While a worker starts again requests wait for it; one that cannot start would let them wait for nothing
+        if not self.is_alive:
+            raise EngineLost(f"{self.name} cannot be drawn with now; try again later")
         job = Job(request)
         pixels = request.count_pixels(self.drawer.facts)
         self.jobs.add(job)
@@ -163,6 +174,6 @@ class Service:
         self.admission.drain()
         self.closed.set()
         self.cancel_all()
-        self.threads.shutdown()
         for drawer in self.drawers:
             drawer.close()
+        self.threads.shutdown()

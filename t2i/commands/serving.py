@@ -1,6 +1,8 @@
 """The command that serves a model: `t2i serve`."""
 
-from typing import Annotated
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -8,13 +10,58 @@ from t2i.commands import flags
 from t2i.commands.flags import option
 from t2i.errors import InputError
 
+if TYPE_CHECKING:
+    from t2i.pipelines.jobs.planning import ModelSource
+
 app = typer.Typer()
+
+MODEL_HELP = "Model folder, or repository on the hub. Repeatable as NAME=FOLDER, which serves several models."
+DEVICE_HELP = "Device to run on: auto, cpu, cuda or mps. Several, such as cuda:0,cuda:1, share the requests."
+WORKERS_HELP = "Processes that load each model on each device. Two in all, or more, are started again when they die."
+
+
+@dataclass
+class ServedModelFlags(flags.ModelFlags):
+    model: Annotated[list[str] | None, option(MODEL_HELP, "models/emoji")] = None  # type: ignore[assignment]
+    device: Annotated[str, option(DEVICE_HELP, None, "--device", "--devices")] = "auto"
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self.device.split(","))
+
+    @property
+    def named_models(self) -> tuple[tuple[str, str], ...]:
+        """The names and folders of several models; nothing for one without a name. Raises InputError."""
+        models = [split_name(text) for text in self.model or ()]
+        if len(models) == 1 and not models[0][0]:
+            return ()
+        for name, folder in models:
+            if not name:
+                raise InputError(
+                    f"model {folder!r} has no name; give NAME={folder}, as for every one of several models"
+                )
+            if [other for other, _ in models].count(name) > 1:
+                raise InputError(f"model {name!r} is given twice; give each a name of its own")
+        return tuple(models)
+
+    def build(self, **more: Any) -> "ModelSource":
+        """Return the first model, on the first device."""
+        folder = split_name(self.model[0])[1] if self.model else None
+        one = {**vars(self), "model": folder, "device": self.devices[0]}
+        return flags.ModelFlags(**one).build(**more)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Return the name and the folder of NAME=FOLDER; a folder alone has no name."""
+    name, equals, folder = text.partition("=")
+    # A folder may have the sign in its name too
+    return (name, folder) if equals and "/" not in name and not Path(text).exists() else ("", text)
 
 
 @app.command()
 @flags.share_options
 def serve(
-    source: flags.ModelFlags,
+    source: ServedModelFlags,
     upsampling: flags.UpsamplerFlags,
     host: Annotated[str, option("Address to listen on. Only this machine's own are taken.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000,
@@ -23,7 +70,10 @@ def serve(
     queue_timeout: Annotated[float, option("Seconds that a request waits for its turn.")] = 300,
     drain: Annotated[float, option("Seconds that requests have to end when the server is told to stop.")] = 30,
     name: Annotated[str | None, option("Name of the model in the API.", "that of its folder")] = None,
-    alias: Annotated[list[str] | None, option("Another name of the model, such as dall-e-2. Repeatable.")] = None,
+    alias: Annotated[
+        list[str] | None, option("Another name of the first model, such as dall-e-2, or ALIAS=NAME. Repeatable.")
+    ] = None,
+    workers: Annotated[int, option(WORKERS_HELP)] = 1,
 ) -> None:
     """Serve a model to clients of the OpenAI images API, until the process is told to stop.
 
@@ -42,4 +92,5 @@ def serve(
     if upsampling.upsample is not None:
         raise InputError(f"--upsample {upsampling.upsample} is chosen by each request; leave it out")
     settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, tuple(alias or ()))
+    settings = replace(settings, models=source.named_models, devices=source.devices, workers=workers)
     run_server(source.build(upsampler=upsampling.upsampler), settings)

@@ -22,6 +22,9 @@ class WaitingDrawer:
         self.facts = ModelFacts(64, 4, max_pixels)
         self.released, self.drawn = threading.Event(), []
 
+    def watch_room(self, report) -> None:
+        report(self.facts.max_pixels)
+
     def draw(self, request, watch=None):
         self.drawn.append(request)
         while not self.released.wait(0.01):

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.fields import find_field
 from t2i.pipelines.serving.api.images import encode_base64, encode_image
-from t2i.pipelines.serving.drawing import DrawnImage
+from t2i.pipelines.serving.drawing import DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.events import Event
 from t2i.pipelines.serving.service import Job
@@ -20,6 +20,7 @@ from t2i.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+RESTART_SECONDS = 5  # in which a worker of a small model is there again
 FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
@@ -30,7 +31,7 @@ def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any
     if event.kind == "step":
         return [("t2i.progress", event.data)] if job.request.progress else []
     if event.kind == "failed":
-        return [("error", explain_failure(event.data["error"], job).body)]
+        return [("error", explain_failure(event.data["error"]).body)]
     # The images, whole or as previews
     output_format, compression = values.get("output_format", "png"), values.get("output_compression")
     if event.kind == "preview":
@@ -70,12 +71,15 @@ def count_usage() -> dict[str, Any]:
     }
 
 
-def explain_failure(error: BaseException, job: Job) -> ApiError:
+def explain_failure(error: BaseException) -> ApiError:
     """Return the error of the API for one that ended a job."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Cancelled):
         return ApiError(503, "cancelled", "the request was cancelled", headers={"x-should-retry": "true"})
+    if isinstance(error, EngineLost):
+        headers = {"x-should-retry": "true", "retry-after": str(RESTART_SECONDS)}
+        return ApiError(503, "engine_lost", str(error), headers=headers)
     if isinstance(error, TimeoutError):
         return ApiError(503, "queue_timeout", str(error), headers={"retry-after": "10"})
     if isinstance(error, InputError):

@@ -1,0 +1,41 @@
+"""Messages between the server and its workers: JSON, and the pixels of its images behind it."""
+
+import json
+from typing import Any
+
+from PIL import Image
+
+IMAGE_KEY = "\0image"  # no field of a request has this name
+LENGTH_BYTES = 8
+
+
+def encode_message(kind: str, **data: Any) -> bytes:
+    """Return a message: values of JSON, among which may be images."""
+    pixels: list[bytes] = []
+
+    def refer_to_image(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Image.Image):
+            raise TypeError(f"a message takes no {type(value).__name__}")
+        pixels.append(value.tobytes())
+        return {IMAGE_KEY: [value.mode, value.size, len(pixels[-1])]}
+
+    head = json.dumps({"kind": kind, "data": data}, default=refer_to_image).encode()
+    return b"".join([len(head).to_bytes(LENGTH_BYTES, "big"), head, *pixels])
+
+
+def decode_message(message: bytes) -> tuple[str, dict[str, Any]]:
+    """Return the kind and the data of a message."""
+    start = LENGTH_BYTES + int.from_bytes(message[:LENGTH_BYTES], "big")
+
+    def find_image(value: dict[str, Any]) -> Any:
+        nonlocal start
+        if IMAGE_KEY not in value:
+            return value
+        mode, size, length = value[IMAGE_KEY]
+        # JSON is read in the order in which it was written, so that the pixels follow one another
+        image = Image.frombytes(mode, tuple(size), message[start : start + length])
+        start += length
+        return image
+
+    content = json.loads(message[LENGTH_BYTES:start], object_hook=find_image)
+    return content["kind"], content["data"]

@@ -1,0 +1,24 @@
+"""Short forms of the load tests, without what depends on the machine's speed; `make soak` runs the long ones."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.serving.load.checks import Row, Scale, run_test
+from tests.serving.load.client import compute_percentile
+
+SHORT = Scale(seconds=5, clients=8, steps=3, side=32, kills=8, images=8, repeats=1, max_batch=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1", "3", "4", "5", "6"])
+def test_a_server_under_load_answers_each_request_with_its_own_image(name: str, pipeline_folder: Path):
+    rows: list[Row] = asyncio.run(run_test(name, str(pipeline_folder), SHORT))
+    assert rows and [row for row in rows if not row.passed and not row.is_timing] == []
+
+
+def test_percentiles_are_values_that_were_measured():
+    values = [float(value) for value in range(100, 0, -1)]
+    assert compute_percentile(values, 50) == 51 and compute_percentile(values, 95) == 96
+    assert compute_percentile([3.0], 95) == 3.0 and compute_percentile([], 95) == 0.0

@@ -1,0 +1,232 @@
+"""Workers: a drawer in another process draws as one in this process does, and starts again when it dies or hangs."""
+
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.serving import worker as worker_module
+from t2i.pipelines.serving import workers as workers_module
+from t2i.pipelines.serving.admission import Admission
+from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, EngineLost, ModelFacts
+from t2i.pipelines.serving.engine import Cancelled, EngineCounts
+from t2i.pipelines.serving.messages import decode_message, encode_message
+from t2i.pipelines.serving.worker import Worker
+from t2i.pipelines.serving.workers import RemoteDrawer
+
+from t2i.errors import InputError
+
+SOURCE = ModelSource("tiny", device="cpu")
+RED = Image.new("RGB", (4, 2), (200, 30, 30))
+
+
+class Seen:
+    """A watch that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps, self.previews = [], []
+
+    def report_step(self, stage: str, step: int, steps: int) -> None:
+        self.steps.append((stage, step, steps))
+
+    def show_preview(self, number: int, images: list[Image.Image]) -> None:
+        self.previews.append((number, images))
+
+
+class ScriptedDrawer:
+    """A drawer that does what the prompt says."""
+
+    facts, counts = ModelFacts(64, 1, 1e6), EngineCounts(calls=3)
+    is_alive = True
+
+    def draw(self, request: DrawRequest, watch: Any) -> list[DrawnImage]:
+        prompt = request.settings["prompt"]
+        if prompt == "wrong":
+            raise InputError("steps must be an integer")
+        if prompt == "crash":
+            raise ZeroDivisionError("by zero")
+        if prompt == "wait":
+            watch.report_step("decoder", 1, 9)
+            if request.cancelled.wait(10):
+                raise Cancelled("cancelled during a step")
+        watch.report_step("decoder", 1, 1)
+        watch.show_preview(0, [RED])
+        return [DrawnImage(request.image or RED, {"prompt": prompt, "seed": request.seed}, request.seed)]
+
+    def cancel(self, request: DrawRequest) -> None:
+        request.cancelled.set()
+
+
+class ThreadProcess:
+    """A worker in a thread of this process, in the place of a process. kill: cuts its connection."""
+
+    exitcode = -9
+
+    def __init__(self, target: object, args: tuple, daemon: bool):
+        self.connection = Connection(os.dup(args[0].fileno()))
+        self.thread = threading.Thread(target=self.run, args=args[1:], daemon=True)
+
+    def run(self, source: ModelSource, max_batch: int, processes: int) -> None:
+        worker = Worker(self.connection)
+        if source.model == "none":
+            worker.send("broken", message="model 'none' is no folder")
+            self.kill()
+            return
+        worker.drawer = ScriptedDrawer()
+        worker.threads = ThreadPoolExecutor(max_batch)
+        with suppress(EOFError, OSError):
+            worker.send("ready", facts=vars(worker.drawer.facts))
+            worker.receive()
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def kill(self) -> None:
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as other, suppress(OSError):
+            other.shutdown(socket.SHUT_RDWR)
+
+    def join(self, timeout: float | None = None) -> None:
+        self.thread.join(timeout)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Workers are threads, and pauses are short."""
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=ThreadProcess)
+    monkeypatch.setattr(workers_module.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(worker_module.os, "_exit", lambda status: None)
+    monkeypatch.setattr(worker_module, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(workers_module, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(workers_module, "FIRST_PAUSE_SECONDS", 0.05)
+
+
+@pytest.fixture
+def drawer(in_threads) -> Iterator[RemoteDrawer]:
+    drawer = RemoteDrawer(SOURCE, max_batch=4)
+    drawer.wait_until_ready()
+    yield drawer
+    drawer.close()
+
+
+def ask(prompt: str, **more: Any) -> DrawRequest:
+    return DrawRequest("text", {"prompt": prompt}, 7, **more)
+
+
+def draw_in_thread(drawer: Any, request: DrawRequest, watch: Any = None) -> tuple[threading.Thread, list]:
+    """Return the thread that draws, and the list that gets what it returns or raises."""
+    results: list = []
+
+    def work() -> None:
+        try:
+            results.append(drawer.draw(request, watch))
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, results
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
+def test_messages_keep_images_numbers_and_texts():
+    mask = Image.frombytes("L", (3, 1), b"\x00\x7f\xff")
+    sent = {"text": "é\ud800\n", "number": 0.1, "large": 2**60, "images": [RED, {"mask": mask}], "none": None}
+    kind, found = decode_message(encode_message("draw", **sent))
+    assert kind == "draw" and {name: found[name] for name in ("text", "number", "large", "none")} == {
+        name: sent[name] for name in ("text", "number", "large", "none")
+    }
+    for one, other in ((found["images"][0], RED), (found["images"][1]["mask"], mask)):
+        assert (one.mode, one.size, one.tobytes()) == (other.mode, other.size, other.tobytes())
+    with pytest.raises(TypeError, match="takes no object"):
+        encode_message("draw", value=object())
+
+
+def test_a_remote_drawer_returns_images_and_reports_steps_and_previews(drawer):
+    seen = Seen()
+    (found,) = drawer.draw(ask("a cat", image=Image.new("RGB", (3, 3), "blue")), seen)
+    assert found.record == {"prompt": "a cat", "seed": 7} and found.seed == 7
+    assert found.image.tobytes() == Image.new("RGB", (3, 3), "blue").tobytes()
+    assert seen.steps == [("decoder", 1, 1)] and seen.previews[0][1][0].tobytes() == RED.tobytes()
+    assert drawer.facts.image_size == 64 and not drawer.answers
+    wait_for(lambda: drawer.counts.calls == 3)
+
+
+def test_errors_of_a_worker_keep_their_kind(drawer):
+    with pytest.raises(InputError, match="steps must be an integer"):
+        drawer.draw(ask("wrong"))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError.*by zero"):
+        drawer.draw(ask("crash"))
+
+
+def test_a_cancelled_request_ends_in_the_worker(drawer):
+    request, seen = ask("wait"), Seen()
+    thread, results = draw_in_thread(drawer, request, seen)
+    wait_for(lambda: seen.steps)
+    drawer.cancel(request)
+    thread.join(10)
+    assert isinstance(results[0], Cancelled)
+    # Also one that was cancelled before the worker knew it
+    late = ask("wait")
+    drawer.cancel(late)
+    with pytest.raises(Cancelled):
+        drawer.draw(late)
+
+
+def test_a_worker_that_dies_fails_its_requests_and_is_started_again(drawer):
+    admission = Admission(4, 4)
+    drawer.watch_room(lambda pixels: admission.set_room(admission.lanes[0], pixels))
+    seen = Seen()
+    thread, results = draw_in_thread(drawer, ask("wait"), seen)
+    wait_for(lambda: seen.steps)
+    drawer.link.process.kill()
+    thread.join(10)
+    assert isinstance(results[0], EngineLost)
+    # Meanwhile requests wait for it
+    ticket = admission.enter(1)
+    wait_for(lambda: ticket.is_admitted)
+    assert drawer.starts == 2 and drawer.is_alive
+    assert drawer.draw(ask("a cat"))[0].seed == 7
+
+
+@pytest.mark.parametrize("silent", ["process", "engine"])
+def test_a_worker_that_hangs_is_ended_and_started_again(drawer, monkeypatch, silent):
+    link, seen = drawer.link, Seen()
+    thread, results = draw_in_thread(drawer, ask("wait"), seen)
+    wait_for(lambda: seen.steps)
+    if silent == "process":
+        monkeypatch.setattr(workers_module, "MAX_SILENCE_SECONDS", 0.2)
+        monkeypatch.setattr(worker_module, "HEARTBEAT_SECONDS", 1.0)
+    else:
+        monkeypatch.setattr(ScriptedDrawer, "is_alive", False)
+    thread.join(10)
+    assert isinstance(results[0], EngineLost) and link.ended.is_set()
+    monkeypatch.undo()
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_its_own_words(in_threads):
+    drawer = RemoteDrawer(ModelSource("none", device="cpu"), max_batch=4)
+    with pytest.raises(InputError, match="model 'none' is no folder"):
+        drawer.wait_until_ready()
+    assert not drawer.is_alive
+    with pytest.raises(EngineLost):
+        drawer.draw(ask("a cat"))
+    drawer.close()
