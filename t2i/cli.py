@@ -10,8 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from t2i import EXTRA_STAGES, STAGES, __version__
-from t2i.commands import conversion, drawing, editing, evaluation, records, seeing, serving, speed_up_imports
+from t2i.commands import conversion, drawing, editing, evaluation, records, seeing, serving
 from t2i.commands.flags import argument, check_needed, option
+from t2i.commands.imports import speed_up_imports
 from t2i.errors import InputError, report_errors
 from t2i.limits import find_max_pixels, set_max_megapixels
 from t2i.progress import Progress
@@ -200,7 +201,7 @@ def train(
 
     # Check the configuration here, then train in this process, or become torchrun and several processes
     overrides = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
-    with speed_up_imports(without=()):
+    with speed_up_imports(without=(), needs_compiler=True):
         script = import_module(f"t2i.training.train_{stage}")
     config = load_config(script.Config, stage, overrides)
     if num_processes > 1:

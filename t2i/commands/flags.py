@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, g
 
 from typer import Argument, Option
 
-from t2i.commands import SHIPPED_MODEL, speed_up_imports
+from t2i.commands import SHIPPED_MODEL
+from t2i.commands.imports import speed_up_imports
 from t2i.errors import InputError
 from t2i.terminal import print_line
 
@@ -93,7 +94,7 @@ def print_paths(command: Callable[..., Iterator[Path]]) -> Callable[..., None]:
 
     @wraps(run_command)
     def run_and_print(**values: Any) -> None:
-        with speed_up_imports():
+        with speed_up_imports(needs_compiler=values.get("compile", False)):
             paths = run_command(**values)
         for path in paths:
             print_line(path)

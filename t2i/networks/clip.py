@@ -289,7 +289,7 @@ def build_open_clip_model(config: dict) -> torch.nn.Module:
 
 
 def import_timm_for(config: dict) -> None:
-    """Import timm if a configuration of open_clip needs it and `t2i.commands.speed_up_imports` left it out."""
+    """Import timm if a configuration of open_clip needs it and `t2i.commands.imports.speed_up_imports` left it out."""
     if "timm_model_name" in config["vision_cfg"] and open_clip.timm_model.timm is None:
         importlib.reload(open_clip.timm_model)
 

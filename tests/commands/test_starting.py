@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+from t2i.commands.imports import KNOWN_VERSIONS
 
 NEEDLESS = (
     "pyarrow",
@@ -17,13 +20,15 @@ NEEDLESS = (
     "sklearn",
     "tensorboard",
     "timm",
+    "torch._dynamo",
+    "triton",
 )
 
 
 def test_drawing_imports_no_training_and_leaves_the_collector_as_it_was():
     code = f"""
 import gc, sys
-from t2i.commands import speed_up_imports
+from t2i.commands.imports import speed_up_imports
 with speed_up_imports():
     import t2i.pipelines.jobs.generation
     assert not gc.isenabled()
@@ -33,7 +38,13 @@ found = [name for name in {NEEDLESS} if name in sys.modules]
 assert not found, found
 with speed_up_imports():  # torch is there already: nothing is to be gained
     assert gc.isenabled()
+import torch
+from diffusers.utils.torch_utils import is_compiled_module
+assert not is_compiled_module(torch.nn.Identity())
+assert 'torch._dynamo' not in sys.modules
 import peft, timm  # which were left out, and can be had
+compiled = torch.compile(torch.nn.Identity(), backend='eager')
+assert compiled(torch.ones(2)).tolist() == [1, 1] and is_compiled_module(compiled)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -42,7 +53,7 @@ import peft, timm  # which were left out, and can be had
 
 def test_a_tower_of_timm_is_built_after_imports_without_it():
     code = """
-from t2i.commands import speed_up_imports
+from t2i.commands.imports import speed_up_imports
 with speed_up_imports():
     from t2i.networks.clip import build_open_clip_model, open_clip
 assert open_clip.timm_model.timm is None
@@ -53,3 +64,21 @@ assert type(model.visual.trunk).__module__.startswith("timm."), model.visual
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_compiling_commands_import_the_compiler_first():
+    code = """
+import sys
+from t2i.commands.imports import speed_up_imports
+with speed_up_imports(needs_compiler=True):
+    import diffusers.hooks
+assert hasattr(sys.modules['torch._dynamo'], 'optimize')
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_libraries_whose_imports_are_known_are_the_tested_ones():
+    pins = dict(line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line)
+    for name, known in KNOWN_VERSIONS.items():
+        assert pins[name].startswith(known), f"{name} {pins[name]}: run these tests with KNOWN_VERSIONS of this version"
