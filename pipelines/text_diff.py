@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+import torch
 import torch.nn.functional as F
 from t2i.pipelines.argument_checks import check_stage_inputs, list_prompts
 from t2i.pipelines.base import UnCLIPPipelineOutput
@@ -37,12 +38,14 @@ class TextDiffPipeline(InvertingPipeline):
         image: ImageInputs | BipartiteLatent,
         source: str | list[str],
         target: str | list[str],
-        theta: float = DEFAULT_THETA,
+        theta: float | list[float] = DEFAULT_THETA,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
         **options: Unpack[RedrawingKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
         """Change each image by the direction from caption `source` to caption `target`: N images for N.
+
+        With T values of `theta`, N T images, those of an image in a row, from one inversion.
 
         The drawing starts from the image's own noise, so that what the captions do not mention tends to stay. See
         `UnCLIPPipeline` for other arguments.
@@ -51,15 +54,15 @@ class TextDiffPipeline(InvertingPipeline):
             image: resized and cropped to `height` and `width`. Or what `invert` returned for images.
             source: caption of the image, one for all or one an image.
             target: caption of the result.
-            theta: fraction to turn of the angle between z_i and the direction, 0 to 1. 0 gives the image
-                back; the paper goes up to 0.25 to 0.5, the default did best with the emoji.
+            theta: fraction to turn of the angle between z_i and the direction, 0 to 1, or several for each image. 0
+                gives the image back; the paper goes up to 0.25 to 0.5, the default did best with the emoji.
             generator: has no effect, for nothing is drawn by chance here; taken as other pipelines take it.
             options: those of the decoder alone, without `negative_image_embeds`; 50 steps and no guidance if left out.
                 The inversion uses the same. The captions act through z_i alone: a decoder that reads captions reads
                 nothing here, or it would draw another image for theta 0 already.
         """
         # Check the arguments
-        check_range("theta", theta, 0, 1)
+        thetas = list_thetas(theta)
         _, decoder = self.resolve_options(**options)
         given, count, decoder = self.read_image_or_latent(image, decoder)
         if not isinstance(given, BipartiteLatent):
@@ -67,14 +70,17 @@ class TextDiffPipeline(InvertingPipeline):
         sources, targets = list_captions("source", source, count), list_captions("target", target, count)
         for before, after in zip(sources, targets):
             check_caption_pair(before, after)
-        _, generators = split_generators(generator, count)
-        check_stage_inputs(self, None, decoder, count)
-        check_batch_fits(self, None, decoder, count)
+        total, repeats = count * len(thetas), len(thetas)
+        _, generators = split_generators(generator, total)
+        check_stage_inputs(self, None, decoder, total, images_per_prompt=repeats)
+        check_batch_fits(self, None, decoder, total)
         direction = self.compute_text_direction(sources, targets)
 
         # Draw. The direction gets the length of z_i, which is not 1 with all CLIPs.
         z_i, noise = self.invert_images(given, None, decoder)
-        z_i = slerp(z_i, direction.to(z_i) * z_i.norm(dim=-1, keepdim=True), theta)
+        ends = direction.to(z_i) * z_i.norm(dim=-1, keepdim=True)
+        z_i, ends, noise = (tensor.repeat_interleave(repeats, dim=0) for tensor in (z_i, ends, noise))
+        z_i = slerp(z_i, ends, torch.tensor(thetas * count, dtype=torch.float64))
         images = self.redraw_images(BipartiteLatent(z_i, noise), None, decoder, generators)
         return self.build_output(images, z_i, return_dict)
 
@@ -92,6 +98,16 @@ class TextDiffPipeline(InvertingPipeline):
                 captions = f"source {source!r:.80} and target {target!r:.80}"
                 raise InputError(f"this CLIP embeds {captions} identically; give captions that differ more")
         return F.normalize(difference, dim=-1)
+
+
+def list_thetas(theta: Any) -> list[float]:
+    """Return the values of theta as a list. Raises InputError for none, and for values out of range."""
+    thetas = list(theta) if isinstance(theta, list | tuple) else [theta]
+    if not thetas:
+        raise InputError("theta is empty; give a number, or several")
+    for value in thetas:
+        check_range("theta", value, 0, 1)
+    return thetas
 
 
 def list_captions(name: str, value: str | list[str], count: int) -> list[str]:

@@ -166,8 +166,19 @@ class CallEffects:
 def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved: Any = None) -> Any:
     """Log each argument that has no effect, in one line with the reason; return the options, None if none was needed.
 
+    See `list_idle_arguments`. A job that calls the pipeline many times with the same arguments calls this once.
+    """
+    lines, options = list_idle_arguments(pipeline, arguments, resolved)
+    for line in lines:
+        logger.warning("%s", line)
+    return options
+
+
+def list_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved: Any = None) -> tuple[list[str], Any]:
+    """Return a line for each argument that has no effect, which begins with its name; and the options, if needed.
+
     arguments: of the pipeline's call, those that were given; one with its default value is not named. resolved: the
-    options, if they are resolved already. A job that calls the pipeline many times with them calls this once.
+    options, if they are resolved already.
     """
     call_method: Any = type(pipeline).__call__
     effects: CallEffects = call_method.effects
@@ -180,13 +191,14 @@ def warn_of_idle_arguments(pipeline: Any, arguments: Mapping[str, Any], resolved
 
     given = {name: value for name, value in arguments.items() if not is_nothing(value)}
     call = GivenCall(pipeline, given, resolve if resolved is None else lambda: resolved)
+    lines = []
     for name, value in given.items():
         if is_same(value, effects.defaults.get(name)):
             continue
         if reason := next((idle.reason for idle in effects.idle.get(name, ()) if idle.holds(call)), None):
-            logger.warning("%s has no effect%s", name, reason)
+            lines.append(f"{name} has no effect{reason}")
     # The options are in `__dict__` once a case has asked for them
-    return call.__dict__.get("options", resolved)
+    return lines, call.__dict__.get("options", resolved)
 
 
 def is_nothing(value: Any) -> bool:

@@ -69,15 +69,10 @@ def interpolate_files(
     drawn = result.images
 
     # Write
-    record: Record = {
-        "anchors": [anchor if isinstance(anchor, str) else anchor.name for anchor in anchors],
-        "weights": frames.weights,
-        "seed": seed,
-        "model": format_model_name(source.model),
-        "inverted": frames.inverted,
-    }
+    names = [anchor if isinstance(anchor, str) else anchor.name for anchor in anchors]
     uses_prior = bool(texts) and pipeline.prior is not None
-    record |= build_settings_record(source, settings, resolved, uses_prior)
+    used = build_settings_record(source, settings, resolved, uses_prior)
+    record = build_mix_record(names, frames.weights, seed, source, frames.inverted) | used
     kind = "strip" if frames.strip else "mix" if frames.weights else "frame"
     shown = [paste_side_by_side(drawn)] if frames.strip else drawn
     for i, image in enumerate(shown):
@@ -85,6 +80,14 @@ def interpolate_files(
         yield write_new_image(output.path, f"{kind}{number} of {arguments[0]} to {arguments[-1]}", image, record)
     if frames.video is not None:
         yield write_video(drawn, frames.video, frames.fps)
+
+
+def build_mix_record(
+    names: list[str], weights: list[float] | None, seed: int, source: ModelSource, inverted: bool
+) -> Record:
+    """Return what a mix records of its anchors, which are names of images and texts, before its settings."""
+    model = format_model_name(source.model)
+    return {"anchors": names, "weights": weights, "seed": seed, "model": model, "inverted": inverted}
 
 
 def parse_anchor(argument: str) -> str | Path:

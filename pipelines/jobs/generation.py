@@ -217,10 +217,6 @@ def upsample_files(
     job = BulkJob(len(paths))
     images = open_usable_images(paths, job)
     pipeline = load_pipeline(source, UpsamplePipeline)
-    # The record has the defaults too, which another version may change
-    parameters = signature(UpsamplePipeline.__call__).parameters
-    used = {name: settings.get(name, parameters[name].default) for name in ("num_inference_steps", "level")}
-    model = format_model_name(source.model)
     with Progress("upsampling", len(images)):
         for i, image in images.items():
             with job.skip_bad_input(path := paths[i]):
@@ -228,9 +224,17 @@ def upsample_files(
                 generator = Generator().manual_seed(first_seed + i)
                 with follow_batch(1):
                     result: Any = pipeline(image, times, generator=generator, **settings)
-                record = {"picture": path.name, "seed": first_seed + i, "model": model, "upsample": times, **used}
+                record = build_upsampling_record(path.name, first_seed + i, source.model, times, settings)
                 yield write_new_image(output.path, path.stem, result.images[0], record)
     job.finish()
+
+
+def build_upsampling_record(name: str, seed: int, model: str, times: int, settings: dict[str, Any]) -> Record:
+    """Return what an upsampled image records: the name of the given one, its seed, the model and the settings."""
+    # With the defaults too, which another version may change
+    parameters = signature(UpsamplePipeline.__call__).parameters
+    used = {key: settings.get(key, parameters[key].default) for key in ("num_inference_steps", "level")}
+    return {"picture": name, "seed": seed, "model": format_model_name(model), "upsample": times, **used}
 
 
 def build_records(key: str, inputs: list[str], first_seed: int, model: str, used: Record) -> list[Record]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -13,23 +12,27 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from t2i.pipelines.serving.admission import Draining, QueueFull
-from t2i.pipelines.serving.api.bodies import read_body
-from t2i.pipelines.serving.api.errors import ApiError
-from t2i.pipelines.serving.api.fields import ROUTES, read_fields
-from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_image
+from t2i.pipelines.serving.api.bodies import read_body, read_json_request
+from t2i.pipelines.serving.api.errors import ApiError, build_field_error
+from t2i.pipelines.serving.api.fields import ROUTES, collect_texts, list_fields, name_field, read_fields
 from t2i.pipelines.serving.api.requests import build_draw_request, check_known_model
 from t2i.pipelines.serving.api.responses import (
-    build_stream_events,
-    describe_output,
+    Answer,
     explain_failure,
+    list_unknown_words,
     send_error,
     send_framework_error,
     send_internal_error,
 )
-from t2i.pipelines.serving.drawing import DrawnImage, EngineLost
+from t2i.pipelines.serving.draw_request import DrawRequest
+from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
+from t2i.pipelines.serving.pace import Forecast
 from t2i.pipelines.serving.page_files import build_page_routes
 from t2i.pipelines.serving.service import Job, Service
 from t2i.pipelines.serving.store import ImageStore
+
+from t2i.diffusion.samplers import SAMPLERS
+from t2i.errors import InputError
 
 MAX_RETRY_SECONDS = 60
 KEEPALIVE_SECONDS = 10.0
@@ -38,11 +41,23 @@ KEEPALIVE_SECONDS = 10.0
 class ImagesApi:
     """The routes for some services, by name; the first one is the default.
 
-    aliases: other names of models, such as "dall-e-2". store: of images that responses return by `url`.
+    Args:
+        aliases: other names of models, such as "dall-e-2".
+        store: of images that responses return by `url`.
+        max_count: images that a request may draw.
+        public_url: under which clients reach the server; None is the address that a request came to.
     """
 
-    def __init__(self, services: dict[str, Service], store: ImageStore, aliases: dict[str, str] | None = None):
+    def __init__(
+        self,
+        services: dict[str, Service],
+        store: ImageStore,
+        aliases: dict[str, str] | None = None,
+        max_count: int = 10,
+        public_url: str | None = None,
+    ):
         self.services, self.store, self.aliases = services, store, aliases or {}
+        self.max_count, self.public_url = max_count, public_url
         self.ready = True
 
     def build_app(self) -> Starlette:
@@ -51,6 +66,7 @@ class ImagesApi:
             *(Route(f"/v1/images/{name}", partial(self.draw, route=name), methods=["POST"]) for name in ROUTES),
             # After the routes above, which have the same form: Starlette takes the first that fits
             Route("/v1/images/{name}", self.send_image),
+            Route("/v1/texts", self.check_texts, methods=["POST"]),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
             Route("/health", self.report_health),
@@ -72,12 +88,32 @@ class ImagesApi:
     # Models and health
 
     async def list_models(self, request: Request) -> Response:
-        models = [describe_model(service) for service in self.services.values()]
+        models = [self.describe_model(service) for service in self.services.values()]
         return JSONResponse({"object": "list", "data": models})
 
+    def describe_model(self, service: Service) -> dict[str, Any]:
+        """Return a model as /v1/models lists it, with what pages and programs want to know of it."""
+        facts = service.facts
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "t2i",
+            "size": [facts.image_size, facts.image_size],
+            "size_multiple": facts.size_multiple,
+            "defaults": facts.defaults,
+            "samplers": list(SAMPLERS),
+            "max_n": self.max_count,
+            # By which factor a pass enlarges; 0 without an upsampler
+            "upsample": facts.upsampler_factor if facts.upsampler_factor > 1 else 0,
+            "reads_texts": facts.reads_texts,
+            "knows_words": facts.known_words is not None,
+            "fields": {route: list_fields(f"/v1/images/{route}") for route in ROUTES},
+        }
+
     async def show_model(self, request: Request) -> Response:
-        name = check_known_model({"model": request.path_params["name"]}, list(self.services), self.aliases)
-        return JSONResponse(describe_model(self.services[name]))
+        service = self.find_service({"model": request.path_params["name"]})
+        return JSONResponse(self.describe_model(service))
 
     async def report_health(self, request: Request) -> Response:
         """Answer 200 while every engine is alive."""
@@ -106,16 +142,48 @@ class ImagesApi:
     async def draw(self, request: Request, route: str) -> Response:
         """Draw what a request asks for, and answer with the images, or with events."""
         given, images, mask = await read_body(request, route)
-        values = read_fields(route, given)
-        service = self.services[check_known_model(values, list(self.services), self.aliases)]
+        values = read_fields(f"/v1/images/{route}", given)
+        service = self.find_service(values)
         # Images are decoded and encoded in threads, while the event loop answers others
-        drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask)
+        drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask, self.max_count)
+        checked = await asyncio.to_thread(check_request, service, drawn)
+        answer = self.build_answer(request, route, values, service, checked)
         job = start_job(service, drawn)
         if values.get("stream"):
-            events = self.stream_events(request, route, service, job, values)
+            events = self.stream_events(service, job, answer)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         finished = await self.wait_for_end(request, service, job)
-        return await asyncio.to_thread(self.build_response, request, values, finished, service)
+        return JSONResponse(await asyncio.to_thread(answer.build_body, finished))
+
+    def find_service(self, values: dict[str, Any]) -> Service:
+        """Return the service of the model that a request names. Raises ApiError for an unknown one."""
+        return self.services[check_known_model(values, list(self.services), self.aliases)]
+
+    def build_answer(
+        self, request: Request, route: str, values: dict[str, Any], service: Service, checked: CheckedRequest
+    ) -> Answer:
+        """Return what answers a request that is allowed."""
+        facts: dict[str, Any] = {"model": service.name}
+        facts |= {"safety_identifier": values["safety_identifier"]} if "safety_identifier" in values else {}
+        facts |= {"unknown_words": list_unknown_words(service.facts.known_words, collect_texts(values))}
+        facts |= {"notes": [name_field(note)[1] for note in checked.notes]}
+        address = self.public_url or str(request.base_url)
+
+        def keep(data: bytes, media_type: str) -> str:
+            return f"{address.rstrip('/')}/v1/images/{self.store.add(data, media_type)}"
+
+        return Answer(route, values, Forecast(service.pace, checked.stages), keep, facts)
+
+    async def check_texts(self, request: Request) -> Response:
+        """Answer with the words of texts that a model never saw, without drawing."""
+        values = read_fields("/v1/texts", await read_json_request(request))
+        if "texts" not in values:
+            raise build_field_error("texts", "texts is missing; give a list", "missing_required_parameter")
+        service = self.find_service(values)
+        known = service.facts.known_words
+        found = await asyncio.to_thread(lambda: [list_unknown_words(known, [text]) for text in values["texts"]])
+        data = [{"text": text, "unknown_words": words} for text, words in zip(values["texts"], found)]
+        return JSONResponse({"model": service.name, "knows_words": known is not None, "data": data})
 
     async def wait_for_end(self, request: Request, service: Service, job: Job) -> list[DrawnImage]:
         """Return a job's images; cancel it if the client goes away. Raises ApiError for what went wrong."""
@@ -137,28 +205,8 @@ class ImagesApi:
             # Some servers end this task when the client goes away. A job that has ended takes no harm.
             service.cancel(job)
 
-    def build_response(
-        self, request: Request, values: dict[str, Any], images: list[DrawnImage], service: Service
-    ) -> Response:
-        """Return the answer with all images."""
-        data = [self.describe_image(request, values, drawn) for drawn in images]
-        body = {"created": int(time.time()), "data": data, "model": service.name, **describe_output(values, images)}
-        return JSONResponse(body)
-
-    def describe_image(self, request: Request, values: dict[str, Any], drawn: DrawnImage) -> dict[str, Any]:
-        """Return an image as `data` lists it: its bytes, or a link to them, and its seed."""
-        output_format = values.get("output_format", "png")
-        content = encode_image(drawn, output_format, values.get("output_compression"))
-        if values.get("response_format") != "url":
-            return {"b64_json": encode_base64(content), "seed": drawn.seed}
-        name = self.store.add(content, MEDIA_TYPES[output_format])
-        return {"url": str(request.base_url.replace(path=f"/v1/images/{name}")), "seed": drawn.seed}
-
-    async def stream_events(
-        self, request: Request, route: str, service: Service, job: Job, values: dict[str, Any]
-    ) -> AsyncIterator[str]:
+    async def stream_events(self, service: Service, job: Job, answer: Answer) -> AsyncIterator[str]:
         """Yield the events of a job, as server-sent events; a client that goes away cancels it."""
-        kind = "image_generation" if route == "generations" else "image_edit"
         ended = False
         try:
             while not ended:
@@ -169,7 +217,7 @@ class ImagesApi:
                     yield ": keepalive\n\n"
                     continue
                 ended = event.kind in ("done", "failed")
-                for name, data in await asyncio.to_thread(build_stream_events, kind, event, job, values):
+                for name, data in await asyncio.to_thread(answer.build_events, event):
                     yield f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
         finally:
             # Starlette closes this generator when the client has gone away
@@ -196,6 +244,9 @@ async def wait_for_disconnect(request: Request) -> None:
         pass
 
 
-def describe_model(service: Service) -> dict[str, Any]:
-    """Return a model as /v1/models lists it."""
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "t2i"}
+def check_request(service: Service, drawn: DrawRequest) -> CheckedRequest:
+    """Check a request before it waits for its turn. Raises ApiError."""
+    try:
+        return service.check(drawn)
+    except (InputError, EngineLost) as error:
+        raise explain_failure(error) from error

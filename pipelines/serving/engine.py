@@ -175,16 +175,20 @@ class StepEngine:
 
     def copy_pipeline(self, kind: type) -> Any:
         """Return a pipeline for one request: the same networks, and its own schedulers, flags and progress."""
-        if kind not in self.pipelines:
-            self.pipelines[kind] = kind.from_pipe(self.pipeline)  # type: ignore[attr-defined]
         # A shallow copy shares the networks; what calls change is replaced in it
-        pipeline = copy.copy(self.pipelines[kind])
+        pipeline = copy.copy(self.get_pipeline(kind))
         for name in vars(pipeline):
             if name.endswith("scheduler"):
                 # Past `__setattr__`, which would check all components again
                 pipeline.__dict__[name] = copy.deepcopy(pipeline.__dict__[name])
         pipeline.__dict__["progress_bar"] = self.iterate_steps
         return pipeline
+
+    def get_pipeline(self, kind: type) -> Any:
+        """Return the pipeline of a class, with the same components, that all requests are copies of."""
+        if kind not in self.pipelines:
+            self.pipelines[kind] = kind.from_pipe(self.pipeline)  # type: ignore[attr-defined]
+        return self.pipelines[kind]
 
     def iterate_steps(self, timesteps: Iterable) -> Iterator[Any]:
         """Yield timesteps, in the place of a progress bar. Between the first and the last, others wait for this one."""

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import uvicorn
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.admission import Admission
+from t2i.pipelines.serving.api.fields import MAX_COUNT
 from t2i.pipelines.serving.app import ImagesApi
 from t2i.pipelines.serving.drawing import load_drawer
 from t2i.pipelines.serving.service import AnyDrawer, Service
@@ -42,6 +44,8 @@ class ServerSettings:
         models: names and folders of several models, instead of the source's.
         devices: of each model, which has a worker process on each of them; none are the source's.
         workers: processes of each model on each device. One in all is none: the server draws itself.
+        max_n: images that a request may draw.
+        public_url: under which clients reach the server, for links to images; None is the address of each request.
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +59,8 @@ class ServerSettings:
     models: tuple[tuple[str, str], ...] = ()
     devices: tuple[str, ...] = ()
     workers: int = 1
+    max_n: int = 10
+    public_url: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("port", self.port, 0, 65_535)
@@ -63,6 +69,11 @@ class ServerSettings:
         check_range("queue-timeout", self.queue_timeout, 0.1, 86_400)
         check_range("drain", self.drain, 0, 3600)
         check_integer("workers", self.workers, 1, 64)
+        check_integer("max-n", self.max_n, 1, MAX_COUNT)
+        if self.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", self.public_url):
+            raise InputError(
+                f"public-url must be an address such as https://images.example.org, got {self.public_url!r}"
+            )
         if self.host not in LOOPBACK_HOSTS:
             raise InputError(f"host must be one of {', '.join(LOOPBACK_HOSTS)}, got {self.host!r}")
 
@@ -142,7 +153,8 @@ def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore |
     """Load a model and return the routes that serve it. store: None keeps images in this process."""
     services = build_services(source, settings)
     aliases = find_aliases(settings, services)
-    return ImagesApi(services, ImageStore() if store is None else store, aliases)
+    store = ImageStore() if store is None else store
+    return ImagesApi(services, store, aliases, settings.max_n, settings.public_url)
 
 
 def serve(source: ModelSource, settings: ServerSettings) -> None:

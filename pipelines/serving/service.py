@@ -9,9 +9,11 @@ from typing import Protocol
 
 from PIL import Image
 from t2i.pipelines.serving.admission import Admission, Ticket
-from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, EngineLost, ModelFacts, Watch
+from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
+from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost, Watch
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
 from t2i.pipelines.serving.events import Event, EventFeed
+from t2i.pipelines.serving.pace import Pace
 
 QUEUE_TICK_SECONDS = 0.5  # between two looks at the requests that wait
 
@@ -25,6 +27,7 @@ class AnyDrawer(Protocol):
     def is_alive(self) -> bool: ...
     @property
     def counts(self) -> EngineCounts: ...
+    def check(self, request: DrawRequest) -> CheckedRequest: ...
     def wait_until_ready(self) -> None: ...
     def watch_room(self, report: Callable[[float | None], object]) -> None: ...
     def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]: ...
@@ -67,7 +70,7 @@ class Service:
 
     def __init__(self, name: str, drawers: Sequence[AnyDrawer], admission: Admission, queue_timeout: float = 300.0):
         self.name, self.drawers, self.admission, self.queue_timeout = name, drawers, admission, queue_timeout
-        self.created = int(time.time())
+        self.created, self.pace = int(time.time()), Pace()
         # A thread for each request that draws: each has one image at least
         self.threads = ThreadPoolExecutor(admission.max_running, thread_name_prefix="t2i-request")
         self.jobs: set[Job] = set()
@@ -87,6 +90,10 @@ class Service:
         return reduce(EngineCounts.add, (drawer.counts for drawer in self.drawers))
 
     @property
+    def facts(self) -> ModelFacts:
+        return self.drawer.facts
+
+    @property
     def is_alive(self) -> bool:
         """True while an engine takes steps, or waits for some."""
         return any(drawer.is_alive for drawer in self.drawers)
@@ -95,6 +102,11 @@ class Service:
     def is_ready(self) -> bool:
         """True while an engine is there to draw."""
         return any(lane.is_open for lane in self.admission.lanes)
+
+    def check(self, request: DrawRequest) -> CheckedRequest:
+        """Check a request before it waits. Raises InputError, and EngineLost while nothing can check it."""
+        opened = (drawer for lane, drawer in zip(self.admission.lanes, self.drawers) if lane.is_open)
+        return next(opened, self.drawer).check(request)
 
     def submit(self, request: DrawRequest, key: str = "") -> Job:
         """Start a request. Raises QueueFull and Draining, and EngineLost while nothing can draw."""

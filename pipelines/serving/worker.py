@@ -5,16 +5,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from PIL import Image
 from t2i.pipelines.jobs.planning import ModelSource
-from t2i.pipelines.serving.drawing import Drawer, DrawRequest, load_drawer
+from t2i.pipelines.serving.draw_request import DrawRequest
+from t2i.pipelines.serving.drawing import Drawer, load_drawer
 from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.messages import decode_message, encode_message
 
@@ -46,7 +49,7 @@ def run_worker(connection: Connection, source: ModelSource, max_batch: int, proc
         os._exit(1)
     worker.threads = ThreadPoolExecutor(max_batch, thread_name_prefix="t2i-request")
     with suppress(EOFError, OSError):  # the server is gone, or closed the connection
-        worker.send("ready", facts=asdict(worker.drawer.facts))
+        worker.send("ready", facts=worker.drawer.facts.pack())
         worker.receive()
     # Without waiting for threads, for one may hang
     os._exit(0)
@@ -87,25 +90,40 @@ class Worker:
         while True:
             kind, data = decode_message(self.connection.recv_bytes())
             number = data["number"]
-            if kind == "draw":
+            if kind == "check":
+                # At once, whatever is drawn: it takes milliseconds
+                self.answer(number, partial(self.check, DrawRequest(**data["request"])))
+            elif kind == "draw":
                 self.requests[number] = DrawRequest(**data["request"])
                 self.threads.submit(self.draw, number)
             elif kind == "cancel" and (request := self.requests.get(number)) is not None:
                 self.drawer.cancel(request)
 
+    def check(self, request: DrawRequest) -> dict[str, Any]:
+        """Return what is known of a request before it is drawn."""
+        assert self.drawer is not None
+        return vars(self.drawer.check(request))
+
     def draw(self, number: int) -> None:
         """Draw a request, and send what becomes of it."""
-        assert self.drawer is not None
+        drawer = self.drawer
+        assert drawer is not None
+
+        def run() -> dict[str, Any]:
+            return {"images": [vars(one) for one in drawer.draw(self.requests[number], RemoteWatch(self, number))]}
+
+        self.answer(number, run)
+
+    def answer(self, number: int, run: Callable[[], dict[str, Any]]) -> None:
+        """Send what a function returns for a request, or its error."""
         try:
-            images = self.drawer.draw(self.requests[number], RemoteWatch(self, number))
-            found = [vars(drawn) for drawn in images]
-            message: tuple[str, dict[str, Any]] = "done", {"images": found}
+            message: tuple[str, dict[str, Any]] = "done", run()
         except BaseException as error:
             kind = next((kind.__name__ for kind in (InputError, Cancelled) if isinstance(error, kind)), "")
             if not kind:
                 logger.error("drawing failed in process %d", os.getpid(), exc_info=error)
             message = "failed", {"error": kind, "message": str(error) if kind else repr(error)}
-        del self.requests[number]
+        self.requests.pop(number, None)
         with suppress(OSError):  # the server is gone
             self.send(message[0], number=number, **message[1])
 

@@ -11,7 +11,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from t2i.pipelines.jobs.planning import ModelSource
-from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, EngineLost, ModelFacts, Watch
+from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
+from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost, Watch
 from t2i.pipelines.serving.engine import MAX_SILENCE_SECONDS, Cancelled, EngineCounts
 from t2i.pipelines.serving.messages import decode_message, encode_message
 from t2i.pipelines.serving.worker import run_worker
@@ -78,24 +79,33 @@ class RemoteDrawer:
 
     # Drawing
 
+    def check(self, request: DrawRequest) -> CheckedRequest:
+        """Return what the worker's drawer says of a request; see `draw`."""
+        return CheckedRequest(**self.ask("check", request, request.pack(with_pixels=False)))
+
     def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]:
         """Return the images of a request. Raises what the worker's drawer raises, and EngineLost if it dies."""
+        return [DrawnImage(**image) for image in self.ask("draw", request, request.pack(), watch)["images"]]
+
+    def ask(
+        self, asked: str, request: DrawRequest, fields: dict[str, Any], watch: Watch | None = None
+    ) -> dict[str, Any]:
+        """Return the worker's answer to a message about a request. Raises its error, and EngineLost if it dies."""
         number, answers = next(self.numbers), SimpleQueue[tuple[str, dict[str, Any]]]()
         with self.lock:
             link = self.link
             if link is None:
                 raise EngineLost("the model is loaded again; try again later")
             self.answers[number] = request, answers
-        fields = {name: value for name, value in vars(request).items() if name != "cancelled"}
         try:
-            link.send("draw", number=number, request=fields)
+            link.send(asked, number=number, request=fields)
             # One that was cancelled meanwhile may have been unknown to the worker
             if request.cancelled.is_set():
                 link.send("cancel", number=number)
             while True:
                 kind, data = answers.get()
                 if kind == "done":
-                    return [DrawnImage(**image) for image in data["images"]]
+                    return {name: value for name, value in data.items() if name != "number"}
                 if kind == "failed":
                     raise ERRORS.get(data["error"], RuntimeError)(data["message"])
                 if kind == "lost":
@@ -156,7 +166,7 @@ class RemoteDrawer:
         elif kind == "broken":
             self.failure = data["message"]
         elif kind == "ready":
-            self.facts, self.failure, link.is_ready = ModelFacts(**data["facts"]), None, True
+            self.facts, self.failure, link.is_ready = ModelFacts.unpack(data["facts"]), None, True
             with self.lock:
                 self.link = link
                 self.report_room(self.facts.max_pixels)

@@ -62,7 +62,9 @@ def split_name(text: str) -> tuple[str, str]:
 @flags.share_options
 def serve(
     source: ServedModelFlags,
-    upsampling: flags.UpsamplerFlags,
+    upsampler: Annotated[
+        str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", "the model's")
+    ] = None,
     host: Annotated[str, option("Address to listen on. Only this machine's own are taken.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000,
     max_batch: Annotated[int, option("Images that are drawn at the same time.")] = 8,
@@ -74,6 +76,10 @@ def serve(
         list[str] | None, option("Another name of the first model, such as dall-e-2, or ALIAS=NAME. Repeatable.")
     ] = None,
     workers: Annotated[int, option(WORKERS_HELP)] = 1,
+    max_n: Annotated[int, option("Images that a request may draw.")] = 10,
+    public_url: Annotated[
+        str | None, option("Address in links to images, behind a proxy.", "that of each request")
+    ] = None,
 ) -> None:
     """Serve a model to clients of the OpenAI images API, until the process is told to stop.
 
@@ -88,9 +94,7 @@ def serve(
     from t2i.pipelines.serving.server import ServerSettings
     from t2i.pipelines.serving.server import serve as run_server
 
-    # The flags are shared with commands that draw, where --upsample holds for all images
-    if upsampling.upsample is not None:
-        raise InputError(f"--upsample {upsampling.upsample} is chosen by each request; leave it out")
     settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, tuple(alias or ()))
     settings = replace(settings, models=source.named_models, devices=source.devices, workers=workers)
-    run_server(source.build(upsampler=upsampling.upsampler), settings)
+    settings = replace(settings, max_n=max_n, public_url=public_url)
+    run_server(source.build(upsampler=upsampler), settings)

@@ -145,7 +145,7 @@ def check_upsampled_size(upsampler: Upsampler, width: int, height: int, times: i
     factor = upsampler.config.factor
     least = max(1, upsampler.image_size_multiple // factor)
     if min(width, height) < least:
-        raise InputError(f"an image to upsample needs sides of at least {least} pixels, got {width} x {height}")
+        raise InputError(f"image to upsample must have sides of at least {least} pixels, got {width} x {height}")
     scale = factor**times
     if width * height * scale**2 > MAX_PIXELS:
         larger = f"{width} x {height} would become {width * scale} x {height * scale}"

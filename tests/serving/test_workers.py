@@ -122,7 +122,7 @@ def drawer(in_threads) -> Iterator[RemoteDrawer]:
 
 
 def ask(prompt: str, **more: Any) -> DrawRequest:
-    return DrawRequest("text", {"prompt": prompt}, 7, **more)
+    return DrawRequest("text", {}, 7, inputs=[prompt], names=[prompt], **more)
 
 
 def draw_in_thread(drawer: Any, request: DrawRequest, watch: Any = None) -> tuple[threading.Thread, list]:

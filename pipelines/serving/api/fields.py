@@ -1,200 +1,159 @@
 """Fields of the images API: what each route takes, and how their values become what a request draws.
 
-A JSON body and a form give the same fields. A form's values are texts, which are read as the field's type.
+A JSON body and a form give the same fields. `list_rows` is the table of them for documents.
 """
 
-import json
-import math
-import re
 import secrets
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
+from t2i.pipelines.serving.api.values import (
+    Anything,
+    Choice,
+    Flag,
+    Kind,
+    Number,
+    Numbers,
+    Size,
+    Text,
+    Texts,
+    Weights,
+)
 
-from t2i.checks import MAX_TEXT_CHARACTERS
 from t2i.diffusion.samplers import SAMPLERS
 from t2i.diffusion.sampling_loop import MAX_STEPS
 
-MAX_COUNT = 10
+MAX_COUNT = 1024  # of the field; a server's own limit is lower
 MAX_PARTIAL_IMAGES = 3
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON's readers in browsers keep
 MAX_SIDE = 4096
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
-# Steps of the decoder and the prior for the API's `quality`; others are the model's own
-QUALITY_STEPS = {"low": 10, "medium": 25, "high": 50, "hd": 50}
+# Steps of the decoder for the API's `quality`; others leave them to the model
+QUALITY_STEPS = {"low": 10, "medium": 25, "high": 50, "hd": 50, "xhigh": 75, "max": 100}
 QUALITIES = ("auto", "standard", *QUALITY_STEPS)
 ABSENT: tuple[Any, ...] = (None, "", {}, [])  # values by which clients say that they give none
-
-Reader = Callable[[str, Any], Any]  # of a field's name and value; raises ApiError
-
-
-def read_text(name: str, value: Any) -> str:
-    """Return a text with at most `MAX_TEXT_CHARACTERS` characters."""
-    if not isinstance(value, str):
-        raise build_field_error(name, f"{name} must be a text, got {describe_value(value)}")
-    if len(value) > MAX_TEXT_CHARACTERS:
-        raise build_field_error(name, f"{name} must have at most {MAX_TEXT_CHARACTERS} characters, got {len(value)}")
-    return value
-
-
-def read_bool(name: str, value: Any) -> bool:
-    """Return a truth value: true or false, which a form gives as a text."""
-    found = {"true": True, "false": False}.get(str(value).lower())
-    if found is None or not isinstance(value, bool | str):
-        raise build_field_error(name, f"{name} must be true or false, got {describe_value(value)}")
-    return found
-
-
-def read_number(name: str, value: Any) -> float:
-    """Return a finite number, which a form gives as a text."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError
-        number = float(value)
-        if not math.isfinite(number):
-            raise ValueError
-        return number
-    except (ValueError, OverflowError):
-        raise build_field_error(name, f"{name} must be a number, got {describe_value(value)}") from None
-
-
-def build_range_reader(low: float, high: float, whole: bool = False) -> Reader:
-    """Return a reader of numbers, or of whole ones, in a range."""
-
-    def read(name: str, value: Any) -> float | int:
-        number = read_number(name, value)
-        if whole and number != int(number) or not low <= number <= high:
-            kind = "an integer" if whole else "a number"
-            raise build_field_error(
-                name, f"{name} must be {kind} from {low:g} to {high:g}, got {describe_value(value)}"
-            )
-        # Large integers would lose digits as floats
-        return (value if isinstance(value, int) else int(value)) if whole else number
-
-    return read
-
-
-def build_choice_reader(choices: Iterable[str]) -> Reader:
-    """Return a reader of one of several words."""
-    allowed = tuple(choices)
-
-    def read(name: str, value: Any) -> str:
-        if value not in allowed:
-            raise build_field_error(name, f"{name} must be one of {', '.join(allowed)}, got {describe_value(value)}")
-        return value
-
-    return read
-
-
-def read_size(name: str, value: Any) -> tuple[int, int] | None:
-    """Return width and height of "WIDTHxHEIGHT"; None for "auto"."""
-    if value == "auto":
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", str(value))
-    if match is None or max(map(int, match.groups())) > MAX_SIDE:
-        form = f'"auto" or "WIDTHxHEIGHT" with sides of at most {MAX_SIDE}'
-        raise build_field_error(name, f"{name} must be {form}, got {describe_value(value)}")
-    return int(match[1]), int(match[2])
-
-
-def read_numbers(name: str, value: Any) -> list[float]:
-    """Return a list of numbers; a form gives it as several values, or as one text with commas."""
-    values = value.split(",") if isinstance(value, str) else value
-    if not isinstance(values, list) or not 1 <= len(values) <= 64:
-        raise build_field_error(name, f"{name} must be a list of 1 to 64 numbers, got {describe_value(value)}")
-    return [read_number(name, item) for item in values]
-
-
-def ignore_value(name: str, value: Any) -> None:
-    """Return nothing: clients send the field, and it means nothing here."""
-
-
-def describe_value(value: Any) -> str:
-    """Return a value as messages show it, cut to 60 characters."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)
 class Field:
     """A field of the API.
 
-    routes: g, e and v for generations, edits and variations. setting: the pipeline's name for it; None: the server
-    reads it. help: for the reference.
+    kind: of its values. routes: first letters of those that take it. setting: the pipeline's name for it; None: the
+    server reads it. help: for documents, after the field's name and its kind.
     """
 
-    read: Reader
+    kind: Kind
     routes: str
     setting: str | None
     help: str
 
 
-FIELDS: dict[str, Field] = {
-    # Those of OpenAI's API
-    "prompt": Field(read_text, "ge", None, "what the images show"),
-    "model": Field(read_text, "gev", None, "name of a model, as /v1/models lists them"),
-    "n": Field(build_range_reader(0, MAX_COUNT, whole=True), "gev", None, "number of images; 0 counts as absent"),
-    "size": Field(read_size, "gev", None, "WIDTHxHEIGHT or auto"),
-    "response_format": Field(build_choice_reader(("b64_json", "url")), "gev", None, "b64_json or url"),
-    "output_format": Field(build_choice_reader(OUTPUT_FORMATS), "gev", None, "png, jpeg or webp"),
-    "output_compression": Field(build_range_reader(0, 100, whole=True), "gev", None, "quality of jpeg and webp"),
-    "stream": Field(read_bool, "ge", None, "send events while the images are drawn"),
-    "partial_images": Field(
-        build_range_reader(0, MAX_PARTIAL_IMAGES, whole=True), "ge", None, "previews while drawing"
+IGNORED = ("style", "moderation", "input_fidelity", "complexity", "user")
+OPENAI_FIELDS: dict[str, Field] = {
+    "prompt": Field(Text(), "gev", None, "what the images show; a caption for variations"),
+    "model": Field(Text(), "gevut", None, "name of a model, as /v1/models lists them"),
+    "n": Field(Number(0, MAX_COUNT, whole=True), "gev", None, "number of images; 0 is 1"),
+    "size": Field(Size(MAX_SIDE), "gev", None, "of the images; auto is the model's"),
+    "response_format": Field(Choice(("b64_json", "url")), "gevu", None, "the images themselves, or links to them"),
+    "output_format": Field(Choice(OUTPUT_FORMATS), "gevu", None, "file format of the images"),
+    "output_compression": Field(Number(0, 100, whole=True), "gevu", None, "quality of jpeg and webp"),
+    "stream": Field(Flag(), "gevu", None, "send events while the images are drawn"),
+    "partial_images": Field(Number(0, MAX_PARTIAL_IMAGES, whole=True), "gev", None, "previews, with stream"),
+    "quality": Field(
+        Choice(QUALITIES),
+        "gev",
+        None,
+        "steps: " + ", ".join(f"{name} {steps}" for name, steps in QUALITY_STEPS.items()),
     ),
-    "quality": Field(build_choice_reader(QUALITIES), "gev", None, "steps: low 10, medium 25, high and hd 50"),
-    "background": Field(build_choice_reader(("auto", "opaque")), "ge", None, "opaque; transparent is refused"),
-    **dict.fromkeys(
-        ("style", "moderation", "input_fidelity", "complexity", "user", "safety_identifier"),
-        Field(ignore_value, "gev", None, "has no effect"),
+    "background": Field(Choice(("auto", "opaque")), "ge", None, "has no effect; transparent is refused"),
+    **dict.fromkeys(IGNORED, Field(Anything(), "gevu", None, "has no effect")),
+    "safety_identifier": Field(Text(), "gevu", None, "has no effect, and is sent back"),
+}
+EXTENSIONS: dict[str, Field] = {
+    # All tasks
+    "seed": Field(Number(0, MAX_SEED, whole=True), "gevu", None, "of the first image; others count up from it"),
+    "progress": Field(Flag(), "gevu", None, "send an event t2i.progress for every step, with stream"),
+    "strict": Field(Flag(), "gev", None, "refuse texts with words that the model never saw"),
+    # The stages
+    "steps": Field(Number(1, MAX_STEPS, whole=True), "gevu", "num_inference_steps", "of the decoder or the upsampler"),
+    "guidance_scale": Field(Number(0, 1000), "gev", "guidance_scale", "of the decoder; 1 is off"),
+    "sampler": Field(Choice(tuple(SAMPLERS)), "gev", "sampler", "of the decoder"),
+    "eta": Field(
+        Number(0, 1), "gev", "eta", "new noise in each step; for variations, 0 gives the image itself, absent all of it"
     ),
-    # Extensions
-    "seed": Field(build_range_reader(0, MAX_SEED, whole=True), "gev", None, "of the first image; others count up"),
-    "progress": Field(read_bool, "ge", None, "events t2i.progress for every step, with stream"),
-    "negative_prompt": Field(read_text, "gev", "negative_prompt", "what the images are guided away from"),
-    "steps": Field(build_range_reader(1, MAX_STEPS, whole=True), "gev", "num_inference_steps", "of the decoder"),
-    "prior_steps": Field(
-        build_range_reader(1, MAX_STEPS, whole=True), "ge", "prior_num_inference_steps", "of the prior"
-    ),
-    "guidance_scale": Field(build_range_reader(0, 1000), "gev", "guidance_scale", "of the decoder; 1 is off"),
-    "prior_guidance_scale": Field(build_range_reader(0, 1000), "ge", "prior_guidance_scale", "of the prior; 1 is off"),
-    "sampler": Field(build_choice_reader(SAMPLERS), "gv", "sampler", "of the decoder"),
-    "prior_sampler": Field(build_choice_reader(SAMPLERS), "g", "prior_sampler", "of the prior"),
-    "candidates": Field(build_range_reader(1, 64, whole=True), "g", "prior_candidates", "embeddings to choose from"),
-    "upsample": Field(build_range_reader(0, 8, whole=True), "gv", "upsample", "passes through the upsampler"),
-    "eta": Field(build_range_reader(0, 1), "v", "eta", "new noise of a variation; 0 is the image itself"),
-    "strength": Field(build_range_reader(0.001, 1), "e", "strength", "fraction of the steps that redraw the image"),
-    "source": Field(read_text, "e", "source", "what the image shows, for a change of meaning"),
-    "target": Field(read_text, "e", "target", "what it should show"),
-    "theta": Field(build_range_reader(0, 1), "e", "theta", "how far to go from source to target"),
-    "mask_mode": Field(build_choice_reader(("alpha", "white")), "e", None, "what is painted: transparent or white"),
+    "noise_level": Field(Number(0, 999, whole=True), "gev", "noise_level", "noise on z_i, for Stable unCLIP"),
+    "prior_steps": Field(Number(1, MAX_STEPS, whole=True), "ge", "prior_num_inference_steps", "of the prior"),
+    "prior_guidance_scale": Field(Number(0, 1000), "ge", "prior_guidance_scale", "of the prior; 1 is off"),
+    "prior_sampler": Field(Choice(tuple(SAMPLERS)), "ge", "prior_sampler", "of the prior"),
+    "candidates": Field(Number(1, 64, whole=True), "ge", "prior_candidates", "embeddings to choose from"),
+    "negative_prompt": Field(Text(), "gev", "negative_prompt", "what the images are guided away from"),
+    "decoder_negative_prompt": Field(Text(), "g", "decoder_negative_prompt", "what the decoder is guided away from"),
+    "upsample": Field(Number(0, 8, whole=True), "gevu", "upsample", "passes through the upsampler"),
+    "level": Field(Number(0, 1), "u", "level", "noise added before upsampling; more redraws more"),
+    # Edits
+    "strength": Field(Number(0.001, 1), "e", "strength", "fraction of the steps that redraw; 1 keeps nothing"),
+    "mask_mode": Field(Choice(("alpha", "white")), "e", None, "paint where the mask is transparent, or white"),
     **{
-        side: Field(build_range_reader(0, MAX_SIDE, whole=True), "e", side, "pixels to paint beyond that side")
-        for side in ("left", "right", "top", "bottom")
+        side: Field(Number(0, MAX_SIDE, whole=True), "e", side, f"pixels to paint {where} the image")
+        for side, where in {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}.items()
     },
+    "source": Field(Text(), "e", "source", "what the image shows, to change its meaning"),
+    "target": Field(Text(), "e", "target", "what it should show; absent, the prompt says it"),
+    "theta": Field(Numbers(Number(0, 1)), "e", "theta", "how far to go from source to target"),
+    # Mixes
+    "texts": Field(Texts(), "get", None, "texts to mix, beside the images and the prompt"),
+    "weights": Field(Weights(), "ge", "weights", "of the images, the prompt and the texts, in this order"),
+    "frames": Field(Number(2, 64, whole=True), "ge", "frames", "images from each input to the next, both included"),
+    "inverted": Field(Flag(), "e", "inverted", "mixes end with the very images; false draws them anew"),
+}
+FIELDS = OPENAI_FIELDS | EXTENSIONS
+ROUTES = {"generations": "g", "edits": "e", "variations": "v", "upsamplings": "u"}  # of /v1/images
+PATHS = {f"/v1/images/{route}": letter for route, letter in ROUTES.items()} | {"/v1/texts": "t"}
+READ_TEXTS = ("prompt", "texts", "source", "target", "negative_prompt", "decoder_negative_prompt")  # by the model
+FILES = {"image": "evu", "mask": "e"}  # and the routes that take them
+# Names by which messages of pipelines begin, where they are not those of fields or settings
+OTHER_NAMES = {
+    **dict.fromkeys(("height", "width"), "size"),
+    **dict.fromkeys(("anchors", "images"), "image"),
+    **dict.fromkeys(("upsampled", "times"), "upsample"),
+    "mask_image": "mask",
 }
 
-ROUTES = {"generations": "g", "edits": "e", "variations": "v"}
+
+def list_rows() -> list[tuple[str, str, str, str]]:
+    """Return each field's name, its paths, its kind of value and its meaning, for documents."""
+    rows = [(name, field.routes, field.kind.describe(), field.help) for name, field in FIELDS.items()]
+    return [
+        (name, ", ".join(path for path, letter in PATHS.items() if letter in routes), kind, help)
+        for name, routes, kind, help in rows
+    ]
 
 
-def read_fields(route: str, given: dict[str, Any]) -> dict[str, Any]:
+def list_fields(path: str) -> list[str]:
+    """Return the names of the fields that a path takes."""
+    return [name for name, field in FIELDS.items() if PATHS[path] in field.routes]
+
+
+def read_fields(path: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a request's fields, read and checked, without absent ones.
 
     given: of the JSON body, or of the form without its files. Raises ApiError, with the field, for one that the route
     does not take, and for a value that is not allowed.
     """
-    letter, values = ROUTES[route], {}
+    letter, values = PATHS[path], {}
     for name, value in given.items():
         if value in ABSENT:
             continue
         field = FIELDS.get(name)
         if field is None or letter not in field.routes:
-            known = ", ".join(key for key, other in FIELDS.items() if letter in other.routes)
-            raise ApiError(400, "unknown_parameter", f"/v1/images/{route} takes no {name[:60]}; it takes {known}", name)
-        read = field.read(name, value)
-        # Readers return None for what says nothing, such as "auto"
+            what = f"{path} takes no {name[:60]}; it takes {', '.join(list_fields(path))}"
+            raise ApiError(400, "unknown_parameter", what, name)
+        try:
+            read = field.kind.read(name, value)
+        except RecursionError as error:
+            raise build_field_error(name, f"{name} must be {field.kind.describe()}, got lists in lists") from error
+        # Kinds return None for what says nothing, such as "auto"
         if read is not None:
             values[name] = read
     return values
@@ -211,13 +170,22 @@ def collect_settings(values: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def collect_texts(values: dict[str, Any]) -> list[str]:
+    """Return the texts among a request's values that the model reads."""
+    found = [values[name] for name in READ_TEXTS if name in values]
+    return [text for value in found for text in (value if isinstance(value, list) else [value])]
+
+
 def choose_seed(values: dict[str, Any]) -> int:
     """Return the given seed, or a random one."""
     return values["seed"] if "seed" in values else secrets.randbelow(2**32)
 
 
-def find_field(setting: str) -> str | None:
-    """Return the field of a setting's name, as messages of the pipeline begin with it; None if there is none."""
-    # Width and height are settings without a field of their own: both come from `size`
-    names = {field.setting or name: name for name, field in FIELDS.items()}
-    return names.get(setting, {"height": "size", "width": "size"}.get(setting))
+def name_field(message: str) -> tuple[str | None, str]:
+    """Return the field that a message of a pipeline begins with, None if it is none, and the message with its name."""
+    first, _, rest = message.partition(" ")
+    setting = first.partition(".")[0]
+    for name, field in FIELDS.items():
+        if setting in (name, field.setting):
+            return name, f"{name}{first.removeprefix(setting)} {rest}"
+    return (setting if setting in FILES else OTHER_NAMES.get(setting)), message

@@ -1,41 +1,73 @@
 """Images as requests send them and as responses return them."""
 
 import base64
+from dataclasses import dataclass
 from io import BytesIO
 
 from PIL import Image
+from t2i.pipelines.inputs import extract_luminance, extract_transparency
 from t2i.pipelines.jobs.records import encode_png_image
 from t2i.pipelines.serving.api.errors import build_field_error
 from t2i.pipelines.serving.drawing import DrawnImage
 
-from t2i.data.pictures import Reading, decode_image
+from t2i.data.pictures import Convert, Reading, decode_image, to_rgb
 from t2i.data.reasons import RejectedSample
 
 MAX_UPLOAD_PIXELS = 16_000_000
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 READING = Reading(max_pixels=MAX_UPLOAD_PIXELS)
-PAINTED_BELOW = 128  # alpha of a pixel that is to be painted
 
 
-def read_upload(field: str, data: bytes) -> Image.Image:
-    """Return an uploaded image, upright, in RGB. Raises ApiError for what is no image, or too large."""
+@dataclass(frozen=True)
+class GivenImage:
+    """An uploaded image. pixels: upright, in RGB. transparent: white where it is transparent; None unless a part is."""
+
+    pixels: Image.Image
+    transparent: Image.Image | None
+
+
+def read_image(field: str, data: bytes) -> GivenImage:
+    """Return an uploaded image. Raises ApiError for what is no image, or too large."""
+    found: list[Image.Image] = []
+
+    def convert(file: Image.Image, reading: Reading) -> Image.Image:
+        # Its pixels are decoded once
+        if file.has_transparency_data:
+            found.append(mark_painted(extract_transparency(file, reading)))
+        return to_rgb(file, reading)
+
+    pixels = decode_upload(field, data, convert)
+    return GivenImage(pixels, found[0] if found and found[0].getextrema() == (0, 255) else None)
+
+
+def read_mask_values(data: bytes, mode: str) -> Image.Image | None:
+    """Return an uploaded mask, white where it is transparent, or where it is white, by the mode "alpha" or "white".
+
+    None for "alpha" without transparency. Raises ApiError for what is no image, or too large.
+    """
+    marked: list[Image.Image] = []
+
+    def convert(file: Image.Image, reading: Reading) -> Image.Image:
+        extract = extract_luminance if mode == "white" else extract_transparency
+        if mode == "white" or file.has_transparency_data:
+            marked.append(mark_painted(extract(file, reading)))
+        return file
+
+    decode_upload("mask", data, convert)
+    return marked[0] if marked else None
+
+
+def decode_upload(field: str, data: bytes, convert: Convert) -> Image.Image:
+    """Decode an uploaded image. Raises ApiError."""
     try:
-        return decode_image(data, READING)
+        return decode_image(data, READING, convert)
     except RejectedSample as error:
         raise build_field_error(field, f"{field} cannot be read: {error}", "invalid_image") from error
 
 
-def read_alpha(field: str, data: bytes) -> Image.Image | None:
-    """Return where an uploaded image is transparent, white there and black elsewhere; None if it has no transparency.
-
-    Raises ApiError for what is no image, or too large.
-    """
-    read_upload(field, data)  # its checks come before its pixels are decoded another time
-    with Image.open(BytesIO(data)) as image:
-        if "A" not in image.getbands() and "transparency" not in image.info:
-            return None
-        alpha = image.convert("RGBA").getchannel("A")
-    return alpha.point([255 if value < PAINTED_BELOW else 0 for value in range(256)])
+def mark_painted(values: Image.Image) -> Image.Image:
+    """Return white for values from half the range on, as masks of the pipelines are read; else black."""
+    return values.point([255 if value >= 128 else 0 for value in range(256)])
 
 
 def encode_image(drawn: DrawnImage, output_format: str, compression: int | None) -> bytes:

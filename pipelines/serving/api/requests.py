@@ -4,12 +4,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
+from t2i.pipelines.interpolation import build_mixing_weights
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
-from t2i.pipelines.serving.api.fields import choose_seed, collect_settings
-from t2i.pipelines.serving.api.images import read_alpha, read_upload
-from t2i.pipelines.serving.drawing import DrawRequest
+from t2i.pipelines.serving.api.fields import FIELDS, choose_seed, collect_settings
+from t2i.pipelines.serving.api.images import read_image, read_mask_values
+from t2i.pipelines.serving.draw_request import DrawRequest
+from t2i.pipelines.serving.tasks import MARGINS, TASKS
 
-MARGINS = ("left", "right", "top", "bottom")
+from t2i.errors import InputError
+
+# The task that a field of edits and generations asks for
+TASK_FIELDS = {
+    **dict.fromkeys(("source", "target", "theta"), "text_diff"),
+    **dict.fromkeys(("weights", "frames", "texts"), "mix"),
+    **dict.fromkeys(MARGINS, "outpaint"),
+}
+TASK_NAMES = {
+    "text": "images of a prompt",
+    "variation": "variations",
+    "image_to_image": "an edit of the whole image",
+    "inpaint": "an edit with a mask",
+    "outpaint": "outpainting",
+    "text_diff": "a change from source to target",
+    "mix": "a mix",
+    "upsample": "upsampling",
+}
 
 
 @dataclass(frozen=True)
@@ -27,72 +46,139 @@ class Upload:
 
 
 def build_draw_request(
-    route: str, values: dict[str, Any], images: list[Upload], mask: Upload | None = None
+    route: str, values: dict[str, Any], images: list[Upload], mask: Upload | None = None, max_count: int = 10
 ) -> DrawRequest:
     """Return what a request draws.
 
-    values: of `read_fields`. images, mask: of the form. Raises ApiError for values that do not go together.
+    values: of `read_fields`. images, mask: of the form. max_count: images that a request may draw. Raises ApiError for
+    values that do not go together.
     """
-    settings, seed, count = collect_settings(values), choose_seed(values), values.get("n") or 1
-    watched = {"previews": values.get("partial_images", 0), "progress": values.get("progress", False)}
+    if route != "generations" and not images:
+        raise build_field_error("image", "image is missing; give one", "missing_required_parameter")
+    # Margins of 0 ask for nothing
+    values = {name: value for name, value in values.items() if name not in MARGINS or value}
+    read = [read_image("image", upload.data) for upload in images]
+    # Without a mask, the transparent part of an image is painted
+    transparent = read[0].transparent if read else None
+    task = choose_task(route, values, len(images), mask is not None, transparent is not None)
+    check_settings(task, values)
+    request = DrawRequest(
+        task,
+        collect_settings(values),
+        # Nothing of a text diff is drawn by chance, and `t2i edit` records 0
+        choose_seed(values) if task != "text_diff" else values.get("seed", 0),
+        inputs=[image.pixels for image in read],
+        names=[upload.base_name for upload in images],
+        previews=values.get("partial_images", 0),
+        progress=values.get("progress", False),
+        strict=values.get("strict", False),
+    )
+    add_texts(request, values)
+    if task == "mix":
+        add_weights(request, values)
+    if task == "inpaint":
+        painted = transparent if mask is None else read_mask(values, mask, read[0].pixels)
+        channel = {} if values.get("mask_mode") == "white" else {"mask_channel": "alpha"}
+        request.mask, request.mask_record = painted, {"mask_image": (mask or images[0]).base_name, **channel}
+    request.settings = TASKS[task].defaults | request.settings
+    request.count = count_images(request, values, max_count)
+    return request
+
+
+def choose_task(route: str, values: dict[str, Any], images: int, has_mask: bool, is_transparent: bool) -> str:
+    """Return the task: that of the route, else by the fields and files. Raises ApiError for those of two tasks."""
+    if route in ("variations", "upsamplings"):
+        if images > 1:
+            raise build_field_error("image", f"image must be one file, got {images}")
+        return "variation" if route == "variations" else "upsample"
+    asked = {name: task for name, task in TASK_FIELDS.items() if name in values}
+    asked |= ({"image": "mix"} if images > 1 else {}) | ({"mask": "inpaint"} if has_mask else {})
+    tasks = list(dict.fromkeys(asked.values()))
+    if len(tasks) > 1:
+        first, second = (next(name for name in asked if asked[name] == task) for task in tasks[:2])
+        also = " of several, which are mixed," if "image" in (first, second) else ""
+        raise build_field_error(second, f"{second}{also} does not go with {first}; leave one of them out")
+    if tasks:
+        return tasks[0]
     if route == "generations":
-        if "prompt" not in values:
-            raise build_field_error("prompt", "prompt is missing; give a text", "missing_required_parameter")
-        return DrawRequest("text", {"prompt": values["prompt"], **settings}, seed, count, **watched)
-    # All else draws from an image
-    if len(images) != 1:
-        what = "image is missing; give one" if not images else f"{len(images)} images; one is taken"
-        raise build_field_error("image", what, "missing_required_parameter" if not images else "invalid_value")
-    image = read_upload("image", images[0].data)
-    # Without a mask, the transparency of the image itself marks what to paint
-    names = {"image": images[0].base_name, "mask": (mask or images[0]).base_name}
-    task, painted = "variation", None
-    if route == "edits":
-        task, painted = choose_edit(values, images[0], mask, image)
-        if task != "text_diff":
-            settings["prompt"] = values["prompt"]
-    return DrawRequest(task, settings, seed, count, image, painted, names=names, **watched)
+        return "text"
+    return "inpaint" if is_transparent else "image_to_image"
 
 
-def choose_edit(
-    values: dict[str, Any], upload: Upload, mask: Upload | None, image: Image.Image
-) -> tuple[str, Image.Image | None]:
-    """Return the task of an edit, and what to paint: by its margins, its two captions, its mask, else as a whole.
-
-    Without a mask, what is transparent in the image is painted. Raises ApiError for two ways at once.
-    """
-    margins = [name for name in MARGINS if values.get(name)]
-    captions = [name for name in ("source", "target", "theta") if name in values]
-    if margins and (captions or mask is not None):
-        raise build_field_error(margins[0], f"{margins[0]} paints around the image; leave out mask, source and target")
-    if captions:
-        check_text_diff(values, mask)
-        return "text_diff", None
-    if "prompt" not in values:
-        raise build_field_error("prompt", "prompt is missing; give a text", "missing_required_parameter")
-    if margins:
-        return "outpaint", None
-    painted = read_alpha("image", upload.data) if mask is None else read_mask(values, mask, image)
-    # Both values: something is painted, and something stays
-    if painted is not None and painted.getextrema() == (0, 255):
-        return "inpaint", painted
-    # A mask of one value is a mistake; an image without transparency is redrawn as a whole
-    if mask is not None:
-        what = "nothing is transparent" if painted is None or painted.getextrema()[1] == 0 else "all is transparent"
-        raise build_field_error("mask", f"mask paints where it is transparent, and {what}")
-    return "image_to_image", None
-
-
-def check_text_diff(values: dict[str, Any], mask: Upload | None) -> None:
-    """Refuse fields that do not go with a change from one caption to another."""
-    for name in ("source", "target"):
-        if name not in values:
-            raise build_field_error(name, f"{name} is missing; source and target go together")
-    for name in ("negative_prompt", "strength"):
+def check_settings(task: str, values: dict[str, Any]) -> None:
+    """Refuse fields that the task's pipeline does not take. Raises ApiError."""
+    taken = TASKS[task].list_settings()
+    idle = [name for name, field in FIELDS.items() if field.setting is not None and field.setting not in taken]
+    idle += [] if "height" in taken else ["size"]
+    idle += [] if task == "inpaint" else ["mask_mode"]
+    for name in idle:
         if name in values:
-            raise build_field_error(name, f"{name} does not go with source and target; leave it out")
-    if mask is not None:
-        raise build_field_error("mask", "mask does not go with source and target; leave it out")
+            raise build_field_error(name, f"{name} has no meaning for {TASK_NAMES[task]}; leave it out")
+
+
+def add_texts(request: DrawRequest, values: dict[str, Any]) -> None:
+    """Add the prompt and other texts to a request. Raises ApiError for one that is missing."""
+    prompt = values.get("prompt")
+    if request.task == "text_diff":
+        captions = {"source": values.get("source"), "target": values.get("target", prompt)}
+        for name, caption in captions.items():
+            if caption is None:
+                raise build_field_error(name, f"{name} is missing; source and target go together")
+        if prompt not in (None, captions["target"]):
+            raise build_field_error("prompt", "prompt and target differ, and both say what to show; give one of them")
+        request.settings |= captions
+    elif request.task in ("text", "mix"):
+        texts = ([] if prompt is None else [prompt]) + values.get("texts", [])
+        request.inputs += texts
+        request.names += texts
+        if not request.inputs:
+            raise build_field_error("prompt", "prompt is missing; give a text", "missing_required_parameter")
+    elif prompt is not None:
+        request.settings["prompt"] = prompt
+    elif request.task != "variation" and request.task != "upsample":
+        raise build_field_error("prompt", "prompt is missing; give a text", "missing_required_parameter")
+
+
+def add_weights(request: DrawRequest, values: dict[str, Any]) -> None:
+    """Set the weights of a mix: those given, those of a strip from each input to the next, else equal ones."""
+    count, weights = len(request.inputs), values.get("weights")
+    frames = request.settings.pop("frames", None)
+    name = "weights" if weights is not None else "frames" if frames is not None else "texts"
+    if weights is not None and frames is not None:
+        raise build_field_error("frames", "frames does not go with weights; leave one of them out")
+    if count < 2:
+        raise build_field_error(name, f"{name} needs two inputs or more, of images, the prompt and texts; got {count}")
+    # In a form a list of lists has no marks between the lists
+    if weights and isinstance(weights[0], list) and len(weights) == 1 and len(weights[0]) % count == 0:
+        weights = [weights[0][first : first + count] for first in range(0, len(weights[0]), count)]
+    if weights is None and frames is None:
+        weights = [1.0] * count
+    try:
+        rows = [row for row in weights if isinstance(row, list)] if weights else []
+        for row in rows:
+            build_mixing_weights(count, row, 2)
+        mixes = build_mixing_weights(count, weights, frames or 2)
+    except InputError as error:
+        raise build_field_error(name, str(error)) from error
+    request.settings["weights"] = weights or mixes.tolist()
+
+
+def count_images(request: DrawRequest, values: dict[str, Any], max_count: int) -> int:
+    """Return the number of images that a request draws. Raises ApiError for more than `max_count`."""
+    count, name = values.get("n") or 1, "n"
+    several = {"text_diff": request.settings.get("theta"), "mix": request.settings.get("weights")}.get(request.task)
+    is_strip = isinstance(several, list) and (request.task == "text_diff" or isinstance(several[0], list))
+    if count > 1 and (is_strip or request.task == "text_diff"):
+        reason = "it has an image for each place" if is_strip else "nothing of it is drawn by chance"
+        raise build_field_error("n", f"n must be 1 for {TASK_NAMES[request.task]} like this, for {reason}")
+    if is_strip:
+        count = len(several or [])
+        name = "theta" if request.task == "text_diff" else "frames" if "frames" in values else "weights"
+    if count > max_count:
+        raise build_field_error(
+            name, f"{name} asks for {count} images; this server draws at most {max_count} a request"
+        )
+    return count
 
 
 def read_mask(values: dict[str, Any], mask: Upload, image: Image.Image) -> Image.Image:
@@ -100,18 +186,19 @@ def read_mask(values: dict[str, Any], mask: Upload, image: Image.Image) -> Image
 
     By `mask_mode`, what is transparent is painted, as OpenAI's masks have it, or what is white. Raises ApiError.
     """
-    if values.get("mask_mode") == "white":
-        gray = read_upload("mask", mask.data).convert("L")
-        painted = gray.point([255 if value > 127 else 0 for value in range(256)])
-    else:
-        alpha = read_alpha("mask", mask.data)
-        if alpha is None:
-            hint = "send mask_mode=white for a black and white one"
-            raise build_field_error("mask", f"mask has no transparency, which marks what to paint; {hint}")
-        painted = alpha
+    mode = values.get("mask_mode", "alpha")
+    painted = read_mask_values(mask.data, mode)
+    if painted is None:
+        hint = "send mask_mode=white for a black and white one"
+        raise build_field_error("mask", f"mask has no transparency, which marks what to paint; {hint}")
     if painted.size != image.size:
         sizes = f"mask has {painted.width} x {painted.height} pixels, image {image.width} x {image.height}"
         raise build_field_error("mask", f"{sizes}; both must be of one size")
+    # Of one value it would paint nothing, or keep nothing
+    if painted.getextrema() != (0, 255):
+        part = "transparent" if mode == "alpha" else "white"
+        how_much = "all" if painted.getextrema()[0] else "nothing"
+        raise build_field_error("mask", f"mask paints where it is {part}, and {how_much} is {part}")
     return painted
 
 

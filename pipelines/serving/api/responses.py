@@ -3,72 +3,131 @@
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from t2i.pipelines.memory_needed import BatchTooLargeError
 from t2i.pipelines.serving.api.errors import ApiError
-from t2i.pipelines.serving.api.fields import find_field
-from t2i.pipelines.serving.api.images import encode_base64, encode_image
+from t2i.pipelines.serving.api.fields import name_field
+from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_image
 from t2i.pipelines.serving.drawing import DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.events import Event
-from t2i.pipelines.serving.service import Job
+from t2i.pipelines.serving.pace import Forecast
 
 from t2i.errors import InputError
+from t2i.files.known_words import KnownWords
 
 logger = logging.getLogger(__name__)
 
 RESTART_SECONDS = 5  # in which a worker of a small model is there again
+# Clients ask for the tokens of a request, which are not counted here
+NO_USAGE = {
+    **dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0),
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
 FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
-def build_stream_events(kind: str, event: Event, job: Job, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the names and the data of the events that clients get for an event of a job."""
-    if event.kind == "queued":
-        return [("t2i.progress", {"stage": "queue", **event.data})]
-    if event.kind == "step":
-        return [("t2i.progress", event.data)] if job.request.progress else []
-    if event.kind == "failed":
-        return [("error", explain_failure(event.data["error"]).body)]
-    # The images, whole or as previews
-    output_format, compression = values.get("output_format", "png"), values.get("output_compression")
-    if event.kind == "preview":
-        previews = [DrawnImage(image, {}, 0) for image in event.data["images"]]
-        numbered = {"partial_image_index": event.data["number"]}
-        name, images, usage = f"{kind}.partial_image", previews, {}
-    else:
-        name, images, numbered = f"{kind}.completed", event.data["images"], {}
-        usage = {"usage": count_usage()}
-    events = []
-    for index, drawn in enumerate(images):
-        data: dict[str, Any] = {"b64_json": encode_base64(encode_image(drawn, output_format, compression))}
-        data |= {"created_at": int(time.time()), "image_index": index, **describe_output(values, images)}
-        seed = {"seed": drawn.seed} if event.kind == "done" else {}
-        events.append((name, data | numbered | usage | seed))
-    return events
+class Answer:
+    """What the client of one request gets: a response with all images, or events while they are drawn.
+
+    Args:
+        route: of the request.
+        values: of its fields.
+        forecast: of its end.
+        keep: returns the url of an image that it stores; by its bytes and its media type.
+        facts: further fields of the response: the model, unknown words, what has no effect.
+    """
+
+    def __init__(
+        self,
+        route: str,
+        values: dict[str, Any],
+        forecast: Forecast,
+        keep: Callable[[bytes, str], str],
+        facts: dict[str, Any],
+    ):
+        self.values, self.forecast, self.keep, self.facts = values, forecast, keep, facts
+        self.event_name = "image_generation" if route == "generations" else "image_edit"
+        self.output_format = values.get("output_format", "png")
+        self.arrived = time.monotonic()
+
+    def build_body(self, images: list[DrawnImage]) -> dict[str, Any]:
+        """Return the response with all images."""
+        data = [self.describe_image(drawn) | {"seed": drawn.seed} for drawn in images]
+        return {"created": int(time.time()), "data": data, **self.describe_output(images), **self.describe_request()}
+
+    def describe_image(self, drawn: DrawnImage, in_event: bool = False) -> dict[str, Any]:
+        """Return an image as responses have it: its bytes, or a link to them; events have its bytes in any case."""
+        content = encode_image(drawn, self.output_format, self.values.get("output_compression"))
+        link = self.values.get("response_format") == "url"
+        url = {"url": self.keep(content, MEDIA_TYPES[self.output_format])} if link else {}
+        return url | ({} if link and not in_event else {"b64_json": encode_base64(content)})
+
+    def describe_output(self, images: list[DrawnImage]) -> dict[str, Any]:
+        """Return what applies to all images."""
+        width, height = images[0].image.size
+        return {
+            "size": f"{width}x{height}",
+            "quality": self.values.get("quality", "auto"),
+            "background": "opaque",
+            "output_format": self.output_format,
+            "usage": NO_USAGE,
+        }
+
+    def describe_request(self) -> dict[str, Any]:
+        """Return what applies to the request as a whole."""
+        return self.facts | {"timings": {"total_seconds": round(time.monotonic() - self.arrived, 3)}}
+
+    def build_events(self, event: Event) -> list[tuple[str, dict[str, Any]]]:
+        """Return the names and the data of the events that a client gets for an event of its job."""
+        if event.kind in ("queued", "step"):
+            return [("t2i.progress", self.describe_progress(event))] if self.values.get("progress") else []
+        if event.kind == "failed":
+            return [("error", explain_failure(event.data["error"]).body)]
+        if event.kind == "preview":
+            return self.build_previews(event.data["number"], event.data["images"])
+        images, events = event.data["images"], []
+        for index, drawn in enumerate(images):
+            data = self.describe_image(drawn, in_event=True) | {"seed": drawn.seed, "image_index": index}
+            data |= {"created_at": int(time.time()), **self.describe_output(images), **self.describe_request()}
+            events.append((f"{self.event_name}.completed", data))
+        return events
+
+    def build_previews(self, number: int, images: list[Image.Image]) -> list[tuple[str, dict[str, Any]]]:
+        """Return the events of the previews of all images at one step."""
+        previews, events = [DrawnImage(image, {}, 0) for image in images], []
+        for index, drawn in enumerate(previews):
+            content = encode_image(drawn, self.output_format, self.values.get("output_compression"))
+            data = {"b64_json": encode_base64(content), "partial_image_index": number, "image_index": index}
+            data |= {"created_at": int(time.time()), **self.describe_output(previews)}
+            events.append((f"{self.event_name}.partial_image", data))
+        return events
+
+    def describe_progress(self, event: Event) -> dict[str, Any]:
+        """Return the stage of a request, its place in the queue, and the seconds left, null while they are unknown."""
+        if event.kind == "queued":
+            place = {"position": event.data["position"], "seconds_left": event.data["seconds"]}
+            return {"stage": "queued", "step": 0, "steps": 0, **place}
+        left = self.forecast.report_step(**event.data)
+        return {**event.data, "position": 0, "seconds_left": None if left is None else round(left, 2)}
 
 
-def describe_output(values: dict[str, Any], images: list[DrawnImage]) -> dict[str, Any]:
-    """Return the fields of a response that apply to all of its images."""
-    width, height = images[0].image.size
-    return {
-        "size": f"{width}x{height}",
-        "quality": values.get("quality", "auto"),
-        "background": "opaque",
-        "output_format": values.get("output_format", "png"),
-    }
+def list_unknown_words(known: KnownWords | None, texts: list[str]) -> list[dict[str, Any]]:
+    """Return the words of texts that a model never saw, as responses list them; none if its words are not known.
 
-
-def count_usage() -> dict[str, Any]:
-    """Return the tokens of a request, which are not counted here."""
-    return {
-        "input_tokens": 0,
-        "output_tokens": 0,
-        "total_tokens": 0,
-        "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    }
+    near: a word that is spelled much like it; of a word in keywords alone, the caption whose keyword it is.
+    """
+    words = [] if known is None else [word for text in texts for word in known.find_unknown_words(text)]
+    return [
+        {"word": word.word, "near": [word.nearest] if word.nearest else [], "is_keyword": word.is_keyword}
+        for word in dict.fromkeys(words)
+    ]
 
 
 def explain_failure(error: BaseException) -> ApiError:
@@ -82,9 +141,12 @@ def explain_failure(error: BaseException) -> ApiError:
         return ApiError(503, "engine_lost", str(error), headers=headers)
     if isinstance(error, TimeoutError):
         return ApiError(503, "queue_timeout", str(error), headers={"retry-after": "10"})
+    if isinstance(error, BatchTooLargeError):
+        return ApiError(400, "out_of_memory", str(error), "n" if error.fitting_count else "size")
     if isinstance(error, InputError):
         # Messages of pipelines begin with the name of what is at fault
-        return ApiError(400, "invalid_value", str(error), find_field(str(error).split(" ", 1)[0]))
+        field, message = name_field(str(error))
+        return ApiError(400, "invalid_value", message, field)
     number = secrets.token_hex(4)
     logger.error("error %s while drawing", number, exc_info=error)
     # Drawing the same again would fail again
