@@ -25,6 +25,7 @@ from t2i.runtime.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("prior", "decoder", "upsampler")
+MERGED = ("prior", "decoder")  # an upsampler's steps are of windows of any size, and run alone
 # Row counts of a call. Others are rounded up by repeating a row, for oneDNN and compilers build code for each count.
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
@@ -170,6 +171,12 @@ class StepEngine:
     @contextmanager
     def step_aside(self) -> Iterator[None]:
         """Let the others take their steps while this thread does something else, such as decoding a preview."""
+        drawing: Drawing | None = getattr(self.own, "drawing", None)
+        if drawing is None:  # a thread that did not join
+            yield
+            return
+        if self.must_end(drawing):
+            raise Cancelled("cancelled between two steps")
         with self.set_stepping(False):
             yield
 
@@ -211,14 +218,15 @@ class StepEngine:
 
     def prepare(self, name: str, condition: Condition, *timesteps: Tensor) -> Any:
         """Stand for the network's `prepare`: the engine prepares the conditions of all requests at once."""
-        if getattr(self.own, "drawing", None) is None:  # a thread that did not join
+        if name not in MERGED or getattr(self.own, "drawing", None) is None:  # a thread that did not join
             return self.methods[name][0](condition, *timesteps)
         return PreparedCondition(condition, *timesteps)
 
     def step(self, name: str, x: Tensor, t: Tensor, context: Any) -> Tensor:
         """Stand for the network's `step`. Raises Cancelled, and whatever the network raises for these rows alone."""
         if not isinstance(context, PreparedCondition):
-            return self.methods[name][1](x, t, context)
+            with self.step_aside():
+                return self.methods[name][1](x, t, context)
         # Steering takes gradients through a step, which another thread cannot record
         if torch.is_grad_enabled():
             return self.step_alone(name, x, t, context)
