@@ -143,10 +143,20 @@ def test_events_show_previews_then_the_images(client):
         assert Image.open(io.BytesIO(base64.b64decode(event.b64_json))).size == (SIDE, SIDE)
 
 
-def test_a_failure_after_the_stream_began_is_an_event(client):
-    stream = client.images.generate(prompt="a red circle", stream=True, size="33x33", extra_body=FEW_STEPS)
-    with pytest.raises(openai.APIError, match="33"):
+def test_a_failure_after_the_stream_began_is_an_event(client, service, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(service.drawer, "draw", fail)
+    stream = client.images.generate(prompt="a red circle", stream=True, extra_body=FEW_STEPS)
+    with pytest.raises(openai.APIError, match="drawing failed"):
         list(stream)
+
+
+def test_settings_that_cannot_be_drawn_are_refused_before_a_stream_begins(client):
+    with pytest.raises(openai.BadRequestError, match="height must be a multiple of 8") as caught:
+        client.images.generate(prompt="a red circle", stream=True, size="33x33", extra_body=FEW_STEPS)
+    assert caught.value.param == "size"
 
 
 @pytest.mark.parametrize(

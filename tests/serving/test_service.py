@@ -142,8 +142,8 @@ def test_pixels_count_sizes_margins_and_passes_of_the_upsampler():
     facts, image = ModelFacts(64, 4, 0.0), Image.new("RGB", (100, 50))
     assert ask(0, 3).count_pixels(facts) == 3 * 64 * 64
     assert ask(0, 2, width=32, height=16, upsample=1).count_pixels(facts) == 2 * 32 * 16 * 16
-    assert DrawRequest("variation", {}, 0, image=image).count_pixels(facts) == 64 * 64
-    assert DrawRequest("outpaint", {"left": 10, "top": 6}, 0, image=image).count_pixels(facts) == 110 * 56
+    assert DrawRequest("variation", {}, 0, inputs=[image]).count_pixels(facts) == 64 * 64
+    assert DrawRequest("outpaint", {"left": 10, "top": 6}, 0, inputs=[image]).count_pixels(facts) == 110 * 56
 
 
 def test_memory_is_counted_alike_inside_an_engine(pipeline):
