@@ -17,6 +17,7 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
+from t2i.pipelines.serving.rows import ROW_COUNTS, list_parts, round_up_rows
 from torch import Tensor
 
 from t2i.diffusion.condition import Condition
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 DENOISERS = ("prior", "decoder", "upsampler")
 MERGED = ("prior", "decoder")  # an upsampler's steps are of windows of any size, and run alone
-# Row counts of a call. Others are rounded up by repeating a row, for oneDNN and compilers build code for each count.
-ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
 HEARTBEAT_SECONDS = 1.0
 # An engine that is silent for longer hangs; or for so many times its longest call of a network, which may take minutes
@@ -384,23 +383,6 @@ def count_rows(calls: list[StepCall]) -> int:
     return sum(len(call.x) for call in calls)
 
 
-def round_up_rows(rows: int) -> int:
-    """Return the next number of `ROW_COUNTS`; beyond them the number itself."""
-    return next((count for count in ROW_COUNTS if count >= rows), rows)
-
-
 def describe_form(prepared: PreparedCondition) -> tuple:
     """Return what conditions must have in common to be joined: their parts, and whether timesteps are prepared."""
     return (prepared.timesteps is not None, *list_parts(prepared.condition))
-
-
-def list_parts(condition: Condition) -> list[Any]:
-    """Return the names of a condition's parts, those of nested ones after theirs, and the shapes of unindexed ones."""
-    parts: list[Any] = [type(condition)]
-    for name, part in sorted(condition.parts.items()):
-        parts.append(name)
-        if isinstance(part, Condition):
-            parts += list_parts(part)
-        elif name in condition.unindexed:
-            parts.append(tuple(part.shape[1:]))
-    return parts

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from t2i.pipelines import ImageToImagePipeline, ImageVariationPipeline, InpaintPipeline, Text2ImagePipeline
-from t2i.pipelines.serving.engine import Cancelled, StepEngine, round_up_rows
+from t2i.pipelines.serving.engine import Cancelled, StepEngine
+from t2i.pipelines.serving.rows import round_up_rows
 from torch import Generator, Tensor
 
 from t2i.diffusion.guidance import Guidance
