@@ -64,7 +64,8 @@ class Worker:
     def __init__(self, connection: Connection):
         self.connection, self.lock = connection, threading.Lock()
         self.requests: dict[int, DrawRequest] = {}  # that wait or draw, by number
-        threading.Thread(target=self.beat, name="t2i-heartbeat", daemon=True).start()
+        self.heart = threading.Thread(target=self.beat, name="t2i-heartbeat", daemon=True)
+        self.heart.start()
 
     def send(self, kind: str, **data: Any) -> None:
         """Send a message, from any thread. Raises OSError if the server is gone."""

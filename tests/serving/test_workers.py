@@ -18,13 +18,15 @@ from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving import worker as worker_module
 from t2i.pipelines.serving import workers as workers_module
 from t2i.pipelines.serving.admission import Admission
-from t2i.pipelines.serving.drawing import DrawnImage, DrawRequest, EngineLost, ModelFacts
+from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
+from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
 from t2i.pipelines.serving.messages import decode_message, encode_message
 from t2i.pipelines.serving.worker import Worker
 from t2i.pipelines.serving.workers import RemoteDrawer
 
 from t2i.errors import InputError
+from t2i.files.known_words import KnownWords
 
 SOURCE = ModelSource("tiny", device="cpu")
 RED = Image.new("RGB", (4, 2), (200, 30, 30))
@@ -46,11 +48,17 @@ class Seen:
 class ScriptedDrawer:
     """A drawer that does what the prompt says."""
 
-    facts, counts = ModelFacts(64, 1, 1e6), EngineCounts(calls=3)
+    facts = ModelFacts(64, 1, 1e6, known_words=KnownWords(frozenset({"cat"}), {"kitten": "cat"}))
+    counts = EngineCounts(calls=3)
     is_alive = True
 
+    def check(self, request: DrawRequest) -> CheckedRequest:
+        if request.names[0] == "wrong":
+            raise InputError("steps must be an integer")
+        return CheckedRequest([f"{image.size} {image.mode}" for image in request.inputs[1:]], {"decoder": 25})
+
     def draw(self, request: DrawRequest, watch: Any) -> list[DrawnImage]:
-        prompt = request.settings["prompt"]
+        prompt = request.names[0]
         if prompt == "wrong":
             raise InputError("steps must be an integer")
         if prompt == "crash":
@@ -78,6 +86,7 @@ class ThreadProcess:
 
     def run(self, source: ModelSource, max_batch: int, processes: int) -> None:
         worker = Worker(self.connection)
+        self.heart = worker.heart
         if source.model == "none":
             worker.send("broken", message="model 'none' is no folder")
             self.kill()
@@ -85,7 +94,7 @@ class ThreadProcess:
         worker.drawer = ScriptedDrawer()
         worker.threads = ThreadPoolExecutor(max_batch)
         with suppress(EOFError, OSError):
-            worker.send("ready", facts=vars(worker.drawer.facts))
+            worker.send("ready", facts=worker.drawer.facts.pack())
             worker.receive()
 
     def start(self) -> None:
@@ -97,6 +106,8 @@ class ThreadProcess:
 
     def join(self, timeout: float | None = None) -> None:
         self.thread.join(timeout)
+        # It ends by os._exit, which must be the test's until then
+        self.heart.join(timeout)
 
     def close(self) -> None:
         self.connection.close()
@@ -122,7 +133,9 @@ def drawer(in_threads) -> Iterator[RemoteDrawer]:
 
 
 def ask(prompt: str, **more: Any) -> DrawRequest:
-    return DrawRequest("text", {}, 7, inputs=[prompt], names=[prompt], **more)
+    """A request of a prompt, and of an image if it is given."""
+    inputs = [prompt, *([more.pop("image")] if "image" in more else [])]
+    return DrawRequest("text", {}, 7, inputs=inputs, names=[prompt], **more)
 
 
 def draw_in_thread(drawer: Any, request: DrawRequest, watch: Any = None) -> tuple[threading.Thread, list]:
@@ -168,6 +181,14 @@ def test_a_remote_drawer_returns_images_and_reports_steps_and_previews(drawer):
     assert seen.steps == [("decoder", 1, 1)] and seen.previews[0][1][0].tobytes() == RED.tobytes()
     assert drawer.facts.image_size == 64 and not drawer.answers
     wait_for(lambda: drawer.counts.calls == 3)
+
+
+def test_a_remote_drawer_checks_requests_without_their_pixels(drawer):
+    checked = drawer.check(ask("a cat", image=Image.new("RGB", (30, 20))))
+    assert checked == CheckedRequest(["(30, 20) 1"], {"decoder": 25}) and not drawer.answers
+    assert drawer.facts == ScriptedDrawer.facts
+    with pytest.raises(InputError, match="steps must be an integer"):
+        drawer.check(ask("wrong"))
 
 
 def test_errors_of_a_worker_keep_their_kind(drawer):
