@@ -172,8 +172,8 @@ class Service:
     def cancel(self, job: Job) -> None:
         """End a job before its next step, from any thread. One that has ended takes no harm."""
         job.request.cancelled.set()
-        if not self.withdraw(job, Cancelled("cancelled before it began")):
-            assert job.ticket is not None
+        assert job.ticket is not None
+        if not self.withdraw(job, Cancelled("cancelled before it began")) and job.ticket.is_admitted:
             self.find_drawer(job.ticket).cancel(job.request)
 
     def cancel_all(self) -> None:
