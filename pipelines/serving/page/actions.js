@@ -112,8 +112,8 @@ export function openMenu(item, actions, button) {
     menu.remove();
     if (hadFocus && button.isConnected) button.focus();
   });
-  // In the dialog, if the button is in one: what is outside of it takes no presses
-  (button.closest("dialog") ?? document.body).append(menu);
+  // Where the button is: what is outside of an open dialog takes no presses
+  button.closest("dialog, main").append(menu);
   menu.showPopover();
   placeMenu(menu, button.getBoundingClientRect());
   entries[0].focus();

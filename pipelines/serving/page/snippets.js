@@ -1,7 +1,7 @@
 // A drawing as code: what a person did with the page, to go on with in Python or a shell.
 
 import { nameFile } from "./api.js";
-import { h, openView, toast } from "./dom.js";
+import { h, newId, openView, toast } from "./dom.js";
 
 const CLIENT_FIELDS = { generations: ["prompt", "n", "size"], edits: ["prompt", "n", "size"], variations: ["n", "size"] };
 const METHODS = { generations: "generate", edits: "edit", variations: "create_variation" };
@@ -81,7 +81,7 @@ export function showSnippets(request, model) {
   const view = openView("The same as code", { kind: "code" });
   const code = h("pre", { tabindex: 0, "aria-label": "Code" });
   const kinds = { Python: writePython, curl: writeCurl };
-  const name = `kind-${Math.random()}`;
+  const name = newId("kind");
   const radios = Object.entries(kinds).map(([label, write], index) => {
     const show = () => (code.textContent = write(request, base, model));
     const input = h("input", { type: "radio", name, checked: index === 0, onchange: show });

@@ -173,7 +173,7 @@ def test_the_keyboard_alone_draws_moves_and_opens(visit):
     page.keyboard.press("p")
     code = page.get_by_role("dialog").locator("pre")
     assert 'prompt="a cat"' in code.inner_text()
-    page.get_by_role("dialog").get_by_text("curl").click()
+    page.get_by_role("dialog").get_by_role("radio", name="curl").check()
     assert code.inner_text().startswith("curl 'http://127.0.0.1")
     page.keyboard.press("Escape")
     page.keyboard.press("?")
