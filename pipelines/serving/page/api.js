@@ -134,7 +134,8 @@ async function takeTurn(signal, run) {
  */
 export async function draw(request, { signal, onEvent, taken }) {
   const watch = Object.entries({ stream: true, partial_images: 3, progress: true }).filter(([name]) => taken?.includes(name) ?? true);
-  const fields = { response_format: "b64_json", ...request.fields, ...Object.fromEntries(watch) };
+  const { n, ...others } = request.fields;
+  const fields = { response_format: "b64_json", ...others, ...Object.fromEntries(watch), ...((taken?.includes("n") ?? true) ? { n } : {}) };
   return takeTurn(signal, async () => {
     for (;;) {
       try {

@@ -5,7 +5,13 @@ import { h, icon, iconButton, newId, say, toast } from "./dom.js";
 import { createItem, findCard, findItem, findItems, findPath, readCards, removeItems, saveCard, saveItem } from "./history.js";
 import { readRecord } from "./png.js";
 
-const PRIOR_SHARE = 0.15; // of the time that an image takes
+// What each stage does, in words, and the share of the time in which it usually does it
+const STAGES = {
+  inversion: ["Looking at the image", 0, 0.3],
+  prior: ["Finding the meaning", 0, 0.15],
+  decoder: ["Drawing", 0.15, 0.95],
+  upsampler: ["Enlarging", 0.5, 1],
+};
 const MAX_LOSSES = 5; // of the connection in one drawing: a request that ends the server is not sent for ever
 const PASSING_CODES = ["shutting_down", "cancelled", "loading", "worker_lost"]; // of errors that a later try may not have
 
@@ -142,7 +148,7 @@ class CardView {
     this.controller = new AbortController();
     this.isDrawing = true;
     this.losses = 0;
-    this.started = null;
+    this.progress = [];
     this.element.classList.add("drawing");
     this.element.classList.remove("failed");
     this.status.hidden = false;
@@ -217,15 +223,17 @@ class CardView {
       this.showText(`Waiting for its turn${before}${formatSeconds(data.seconds_left)}`);
       return;
     }
-    const hasPrior = stage === "prior" || this.progress[number]?.hasPrior;
-    const share = hasPrior ? PRIOR_SHARE : 0;
-    const part = stage === "prior" ? (share * step) / steps : stage === "decoder" ? share + ((1 - share) * step) / steps : 0;
-    this.started ??= performance.now();
-    this.progress[number] = { hasPrior, part: Math.max(part, this.progress[number]?.part ?? 0) };
-    const all = this.progress.reduce((sum, one) => sum + (one?.part ?? 0), 0) / this.card.requests.length;
-    const seconds = all > 0.1 ? ((performance.now() - this.started) / 1000) * (1 / all - 1) : undefined;
-    const doing = stage === "decoder" ? "Drawing" : stage === "prior" ? "Finding the meaning" : "Looking at the image";
-    this.showText(`${doing}${formatSeconds(data.seconds_left ?? seconds, " left")}`, all);
+    const [doing, from, to] = STAGES[stage] ?? STAGES.decoder;
+    const before = this.progress[number];
+    const started = before?.started ?? performance.now();
+    const elapsed = (performance.now() - started) / 1000;
+    // As the server estimates it, else by the usual shares of the stages
+    const left = data.seconds_left ?? null;
+    const part = left === null ? from + ((to - from) * step) / steps : elapsed / (elapsed + left || 1);
+    this.progress[number] = { started, left, part: Math.max(part, before?.part ?? 0) };
+    const all = this.card.requests.map((_, index) => this.progress[index]);
+    const longest = Math.max(...all.map((one) => one?.left ?? NaN));
+    this.showText(`${doing}${formatSeconds(longest, " left")}`, all.reduce((sum, one) => sum + (one?.part ?? 0), 0) / all.length);
   }
 
   showText(text, part = null) {

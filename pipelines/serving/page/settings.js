@@ -51,7 +51,7 @@ export class Settings {
   /** model: as /v1/models/ID describes it. onchange: called after every change. */
   constructor(model, element, onchange = () => {}) {
     Object.assign(this, { model, element, onchange, sliders: {} });
-    this.defaults = { ...mapValues(SLIDERS, ({ fallback }) => fallback), ...(model.defaults ?? {}), n: Math.min(4, model.max_n ?? 10) };
+    this.defaults = { ...mapValues(SLIDERS, ({ fallback }) => fallback), ...(model.defaults ?? {}), n: Math.min(4, model.max_n ?? 10), size: model.size?.join("x") };
     try {
       const kept = Object.entries(JSON.parse(localStorage.getItem(KEPT_UNDER)) ?? {});
       this.values = Object.fromEntries(kept.filter(([name]) => name in SLIDERS || name in OTHERS));
@@ -137,7 +137,7 @@ export class Settings {
         this.buildSeed(),
         this.buildNegative(),
         this.buildChoices("sampler", "Sampler", this.model.samplers),
-        this.buildChoices("size", "Size", this.model.sizes),
+        this.buildChoices("size", "Size", listSizes(this.model)),
         prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name))) : null,
         h("p", { class: "hint", id: "history-size" }),
       ),
@@ -213,6 +213,13 @@ export class Settings {
     this.resetButton.closest("aside").querySelector("button").focus();
     say("All settings are the defaults");
   }
+}
+
+/** Return sizes with about the area of the model's square: it, and upright and wide ones. */
+function listSizes({ size, size_multiple: multiple }) {
+  if (!size || !multiple) return [];
+  const sides = (ratio) => [Math.sqrt(ratio), 1 / Math.sqrt(ratio)].map((part, index) => Math.max(1, Math.round((size[index] * part) / multiple)) * multiple);
+  return [...new Set([1, 3 / 2, 2 / 3, 16 / 9, 9 / 16, 2, 1 / 2].map((ratio) => sides(ratio).join("x")))];
 }
 
 const mapValues = (object, change) => Object.fromEntries(Object.entries(object).map(([name, value]) => [name, change(value)]));

@@ -80,7 +80,8 @@ export function showSnippets(request, model) {
   const base = new URL(".", document.baseURI).href;
   const view = openView("The same as code", { kind: "code" });
   const code = h("pre", { tabindex: 0, "aria-label": "Code" });
-  const kinds = { Python: writePython, curl: writeCurl };
+  // Routes that OpenAI's API does not have are no methods of its client
+  const kinds = { ...(request.route in METHODS ? { Python: writePython } : {}), curl: writeCurl };
   const name = newId("kind");
   const radios = Object.entries(kinds).map(([label, write], index) => {
     const show = () => (code.textContent = write(request, base, model));
