@@ -162,17 +162,34 @@ function waitForServer(signal) {
   return Promise.race([returning, new Promise((_, reject) => signal?.addEventListener("abort", () => reject(signal.reason)))]);
 }
 
-/** Return the description of the server's first model; waits for a server that does not answer. */
-async function readModel() {
+/** Return the descriptions of the server's models; waits for a server that does not answer. */
+async function readModels() {
   for (;;) {
     try {
-      const { data } = await api.read("v1/models");
-      return await api.read(`v1/models/${data[0].id}`);
+      return (await api.read("v1/models")).data;
     } catch (error) {
       if (!(error instanceof api.LostServer || error.status === 503)) throw error;
       await waitForServer();
     }
   }
+}
+
+/** Draw with a model from now on. */
+function useModel(model) {
+  app.model = { ...model, side: model.size?.[0] };
+  app.drawer = new Settings(app.model, find("#settings"));
+  document.title = `t2i · ${model.id}`;
+  localStorage.setItem("t2i.model", model.id);
+  app.composer.ready();
+}
+
+/** Show the name of the model; of several, a choice. */
+function showModels(models) {
+  const last = models.find(({ id }) => id === localStorage.getItem("t2i.model")) ?? models[0];
+  const choose = () => useModel(models[select.selectedIndex]);
+  const select = h("select", { "aria-label": "Model", onchange: choose }, models.map((model) => h("option", { selected: model === last }, model.id)));
+  find("#model-name").replaceChildren(models.length > 1 ? select : last.id);
+  useModel(last);
 }
 
 // The history
@@ -300,16 +317,10 @@ async function start() {
   // The history is there at once, also while the server is not
   app.drawer = new Settings({}, find("#settings"));
   try {
-    app.model = await readModel();
+    showModels(await readModels());
   } catch (error) {
     toast(explain(error));
-    return;
   }
-  app.model.side = app.model.size?.[0];
-  app.drawer = new Settings(app.model, find("#settings"));
-  find("#model-name").textContent = app.model.id;
-  document.title = `t2i · ${app.model.id}`;
-  app.composer.ready();
 }
 
 start();
