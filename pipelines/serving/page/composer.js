@@ -103,6 +103,6 @@ export class Composer {
 }
 
 function describe({ word, near }) {
-  const instead = near?.length ? ` Close words that it knows: ${near.slice(0, 3).join(", ")}.` : "";
+  const instead = near?.length ? ` One that it knows: ${near[0]}.` : "";
   return `The model has never seen “${word}”.${instead}`;
 }

@@ -12,17 +12,22 @@ import uvicorn
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.server import ServerSettings, build_api
 
+from t2i.files.known_words import KnownWords
+
 ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FEW_STEPS = {"steps": 2, "prior_steps": 2, "candidates": 1}
+KNOWN = ["a cat", "red apple", "rocket"]
 TIMEOUT = 60_000  # milliseconds: the machine may be busy
 
 
 @pytest.fixture(scope="package")
-def address() -> Iterator[str]:
-    """The address of a server with the shipped model, in a thread."""
-    pytest.importorskip("playwright", reason="playwright is not installed: pip install playwright")
-    api = build_api(ModelSource(str(ROOT / "models/emoji")), ServerSettings(max_batch=4, max_queue=8))
+def address(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server in a thread, with the shipped model, which is told some words that it knows."""
+    folder = tmp_path_factory.mktemp("served") / "emoji"
+    shutil.copytree(ROOT / "models/emoji", folder)
+    KnownWords.collect([{"captions": KNOWN, "keywords": []}]).save(folder / "clip")
+    api = build_api(ModelSource(str(folder)), ServerSettings(max_batch=4, max_queue=8))
     server = uvicorn.Server(uvicorn.Config(api.build_app(), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -125,9 +125,10 @@ def test_a_lost_server_is_said_calmly_and_drawing_goes_on_when_it_is_back(visit)
 
 
 def test_unknown_words_are_underlined_and_bad_settings_are_explained(visit):
-    visit.page.get_by_label("Prompt", exact=True).fill("a cat with a zeppelin")
-    visit.page.locator("mark", has_text="zeppelin").wait_for()
-    assert "zeppelin" in visit.page.locator("#prompt-note").inner_text()
+    visit.page.get_by_label("Prompt", exact=True).fill("a cat with a zeppelin and a rockett")
+    visit.page.locator("mark", has_text="rockett").wait_for()
+    assert visit.page.locator("mark").all_inner_texts() == ["zeppelin", "rockett"]
+    assert "it knows: rocket." in visit.page.locator("#prompt-note").inner_text()
     visit.open(size="40x4000")
     visit.page.get_by_label("Prompt", exact=True).fill("a cat")
     visit.page.keyboard.press("Enter")
