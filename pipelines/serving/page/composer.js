@@ -4,8 +4,8 @@ import { h } from "./dom.js";
 
 // Prompts to press on the empty page: words that any model of images has seen
 const EXAMPLES = [
-  "a cat", "red apple", "rocket", "smiling face with sunglasses", "sailboat", "a fox", "hot beverage", "sunflower", "waving hand: dark skin tone",
-  "octopus", "snow-capped mountain", "birthday cake", "bicycle", "a butterfly", "full moon", "pineapple",
+  "a cat", "red apple", "rocket", "smiling face with sunglasses", "sailboat", "a fox", "strawberry", "rainbow", "waving hand: dark skin tone",
+  "snow-capped mountain", "a butterfly", "pineapple", "red heart", "sunflower",
 ];
 const SHOWN_EXAMPLES = 6;
 const TYPING_PAUSE = 350; // milliseconds
