@@ -109,6 +109,15 @@ test("the API's mask is transparent where it is to be painted", () => {
   assert.deepEqual([...mask.toPixels()], [0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0, 255]);
 });
 
+test("a softened mask has its border at one half, and none at the edges of the image", () => {
+  const mask = new Mask(8, 6);
+  mask.fillBox({ left: 0, top: 0, right: 4, bottom: 6 });
+  const soft = mask.soften();
+  for (let row = 0; row < 6; row++) {
+    assert.deepEqual([...soft.slice(8 * row, 8 * row + 8)], [255, 255, 255, 191, 64, 0, 0, 0]);
+  }
+});
+
 test("the nine areas cover every pixel once", () => {
   const mask = new Mask(17, 13);
   const areas = listAreas(17, 13);

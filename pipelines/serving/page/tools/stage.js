@@ -6,6 +6,7 @@ const HELP =
   "Arrow keys move the brush, with Shift by one pixel. Space puts it down and lifts it. " +
   "Square brackets change its size. E erases, B selects, Control Z takes back.";
 const PEN_ERASER = 32; // of a pointer event's buttons
+const MAX_SMOOTH_PIXELS = 2_000_000; // of a screen, whose borders are computed for each frame
 const LINE_GAP = 7; // pixels between the lines of the pattern over what is selected
 
 /** Build the stage.
@@ -182,8 +183,7 @@ function listenForKeys({ element, image, mask, brush, cursor, startStroke, oncha
 
 /** Drawing of what is selected, and of the brush, once a frame at most. */
 function buildPainter({ overlay, mask, brush, cursor }) {
-  const small = new OffscreenCanvas(mask.width, mask.height);
-  const pixels = new ImageData(mask.width, mask.height);
+  const shape = new OffscreenCanvas(1, 1);
   let frame = 0;
 
   function paint() {
@@ -195,19 +195,13 @@ function buildPainter({ overlay, mask, brush, cursor }) {
     const context = overlay.getContext("2d");
     context.clearRect(0, 0, width, height);
     // What is selected, in the page's colour, with lines that show on that colour too
-    mask.data.forEach((value, place) => (pixels.data[4 * place + 3] = value ? 255 : 0));
-    small.getContext("2d").putImageData(pixels, 0, 0);
-    // Soft edges instead of stairs, also where the image ends
-    const zoom = width / mask.width;
-    context.imageSmoothingQuality = "high";
-    context.filter = zoom > 1.5 ? `blur(${0.4 * zoom}px)` : "none";
-    context.drawImage(small, -zoom / 2, -zoom / 2, width + zoom, height + zoom);
-    context.filter = "none";
+    paintShape(shape, mask, width, height);
+    context.drawImage(shape, 0, 0, width, height);
     context.globalCompositeOperation = "source-in";
     context.fillStyle = buildPattern(context, getComputedStyle(overlay).color, scale);
     context.fillRect(0, 0, width, height);
     context.globalCompositeOperation = "source-over";
-    if (cursor.shown) paintCursor(context, zoom, scale);
+    if (cursor.shown) paintCursor(context, width / mask.width, scale);
   }
 
   function paintCursor(context, zoom, scale) {
@@ -226,6 +220,29 @@ function buildPainter({ overlay, mask, brush, cursor }) {
     request: () => (frame ||= requestAnimationFrame(paint)),
     close: () => cancelAnimationFrame(frame),
   };
+}
+
+/** Paint a mask on a canvas of another size, with smooth borders where pixels of the image are large. */
+function paintShape(canvas, mask, width, height) {
+  const small = new OffscreenCanvas(mask.width, mask.height);
+  const pixels = new ImageData(mask.width, mask.height);
+  const isEnlarged = width > 1.5 * mask.width && width * height <= MAX_SMOOTH_PIXELS;
+  const alpha = isEnlarged ? mask.soften() : mask.data;
+  const full = isEnlarged ? 1 : 255;
+  alpha.forEach((value, place) => (pixels.data[4 * place + 3] = full * value));
+  small.getContext("2d").putImageData(pixels, 0, 0);
+  Object.assign(canvas, isEnlarged ? { width, height } : { width: mask.width, height: mask.height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.imageSmoothingQuality = "high";
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
+  if (!isEnlarged) return;
+  // Half of the softened value is the border of what is selected
+  const found = context.getImageData(0, 0, width, height);
+  const steepness = Math.min(8, width / mask.width + 1);
+  for (let place = 3; place < found.data.length; place += 4) {
+    found.data[place] = 127.5 + steepness * (found.data[place] - 127.5);
+  }
+  context.putImageData(found, 0, 0);
 }
 
 /** A see-through pattern of slanted lines in a colour. */
