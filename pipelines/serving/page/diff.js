@@ -66,7 +66,7 @@ export function openDiff({ image, view, app }) {
     h(
       "div",
       { class: "tool-layout" },
-      h("div", { class: "tool-work" }, h("div", { class: "stage still" }, h("img", { class: "stage-image", src: image.url, alt: image.prompt || "the image" }))),
+      h("div", { class: "tool-work" }, h("div", { class: "board still" }, h("img", { class: "board-image", src: image.url, alt: image.prompt || "the image" }))),
       h(
         "div",
         { class: "tool-panel" },

@@ -17,7 +17,7 @@ export function openMix({ images, view, app }) {
   const list = h("ol", { class: "anchors", "aria-label": "In the mix" });
   const bar = h("div", { class: "mix-bar", "aria-hidden": "true" });
   const stops = h("ol", { class: "strip-stops large", "aria-label": "The strip" });
-  const canvas = h("div", { class: "stage mix-stage" }, bar, stops, h("p", { class: "hint mix-empty" }, "Add images or texts, or drop images here."));
+  const canvas = h("div", { class: "board mix-board" }, bar, stops, h("p", { class: "hint mix-empty" }, "Add images or texts, or drop images here."));
   const planRows = () => planStrip(state.anchors.length, frames.input.valueAsNumber);
 
   function update() {
@@ -68,8 +68,8 @@ export function openMix({ images, view, app }) {
     const chosen = await app.choose({ title: "Add to the mix", multiple: true });
     for (const item of chosen) add({ item });
     addImage.focus();
-  });
-  const addText = textButton("Add a text", () => add({ text: "" }, { focus: true }));
+  }, "quiet");
+  const addText = textButton("Add a text", () => add({ text: "" }, { focus: true }), "quiet");
   takeFiles(view, app, canvas, (item) => add({ item }));
 
   // A mix, or a strip
@@ -148,8 +148,9 @@ function buildRow(anchor, { change, remove, raise }) {
     : h("img", { class: "anchor-face", src: anchor.item.url, alt: "" });
   const up = iconButton("up", "Move up", raise);
   const bin = iconButton("close", "Remove", remove);
-  const head = h("div", { class: "anchor-head" }, input ?? h("span", { class: "anchor-name" }, shorten(name(), 40)), share);
-  const element = h("li", { class: "anchor" }, face, h("div", { class: "anchor-main" }, head, slider), up, bin);
+  const title = input ? h("div", { class: "field" }, input) : h("span", { class: "anchor-name" }, shorten(name(), 40));
+  const head = h("div", { class: "anchor-head" }, title, share);
+  const element = h("li", { class: "anchor" }, face, h("div", { class: "anchor-main range" }, head, slider), up, bin);
   return {
     element,
     remove: bin,

@@ -37,13 +37,13 @@ export function openOutpaint({ image, view, app }) {
   const fit = (ratio) => () => set(frames.fitRatio(image, ratio, limits));
   const around = () => set(frames.growSides(image, frames.NO_MARGINS, frames.SIDES, start, limits));
   shapes.append(
-    textButton("All around", around, "chip"),
-    textButton("16 : 9", fit(16 / 9), "chip"),
-    textButton("3 : 2", fit(3 / 2), "chip"),
-    textButton("1 : 1", fit(1), "chip"),
-    textButton("2 : 3", fit(2 / 3), "chip"),
-    textButton("9 : 16", fit(9 / 16), "chip"),
-    textButton("Reset", () => set(frames.NO_MARGINS), "chip"),
+    textButton("All around", around, "quiet"),
+    textButton("16 : 9", fit(16 / 9), "quiet"),
+    textButton("3 : 2", fit(3 / 2), "quiet"),
+    textButton("1 : 1", fit(1), "quiet"),
+    textButton("2 : 3", fit(2 / 3), "quiet"),
+    textButton("9 : 16", fit(9 / 16), "quiet"),
+    textButton("Reset", () => set(frames.NO_MARGINS), "quiet"),
   );
 
   // What is to be drawn
@@ -114,7 +114,7 @@ function buildFrameStage({ image, limits, state, set }) {
   const picture = h("img", { class: "frame-image", src: image.url, alt: image.prompt || "the image", draggable: "false" });
   const paper = h("div", { class: "frame-paper" });
   const area = h("div", { class: "frame-area" }, paper, picture);
-  const element = h("div", { class: "stage frame-stage" }, area);
+  const element = h("div", { class: "board frame-board" }, area);
   let view = frames.chooseView(image, state.margins, limits);
 
   const handles = HANDLES.map((sides) => {

@@ -16,13 +16,13 @@ const LINE_GAP = 7; // pixels between the lines of the pattern over what is sele
  */
 export function buildStage({ image, mask, brush, onchange, onresize }) {
   const id = newId("stage");
-  const picture = h("img", { class: "stage-image", src: image.url, alt: image.prompt || "the image", draggable: "false" });
-  const overlay = h("canvas", { class: "stage-overlay" });
-  const box = h("div", { class: "stage-box" }, picture, overlay);
+  const picture = h("img", { class: "board-image", src: image.url, alt: image.prompt || "the image", draggable: "false" });
+  const overlay = h("canvas", { class: "board-overlay" });
+  const box = h("div", { class: "board-box" }, picture, overlay);
   const element = h(
     "div",
     {
-      class: "stage",
+      class: "board",
       tabindex: "0",
       role: "application",
       "aria-label": "Brush over the image",
