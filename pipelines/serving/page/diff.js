@@ -1,7 +1,7 @@
 // The tool that changes what an image means, from one text to another, as a strip over how far to go.
 
 import { h, iconButton, range } from "./dom.js";
-import { drawFoot, shorten, textField } from "./tools/controls.js";
+import { drawFoot, pick, shorten, textField } from "./tools/controls.js";
 import { spaceNumbers } from "./tools/blend.js";
 
 const DEFAULT_THETA = 0.5; // the paper goes to 0.25 to 0.5
@@ -46,17 +46,14 @@ export function openDiff({ image, view, app }) {
     draw() {
       const [from, to] = [source.input.value.trim(), target.input.value.trim()];
       const thetas = listThetas();
-      const fields = { ...app.settings("edits"), source: from, target: to, seed: app.seed() };
-      for (const name of ["prompt", "negative_prompt", "strength"]) delete fields[name];
-      app.draw(
-        thetas.map((theta) => ({ route: "edits", fields: { ...fields, theta }, images: [image] })),
-        {
-          title: `From “${shorten(from, 30)}” to “${shorten(to, 30)}”`,
-          layout: "strip",
-          captions: thetas.map((theta) => theta.toFixed(2)),
-          parents: [image],
-        },
-      );
+      // The image keeps its own noise, which guidance would not give back
+      const fields = { ...pick(app.settings("edits"), ["steps"]), source: from, target: to, theta: thetas };
+      app.draw([{ route: "edits", fields, images: [image], count: thetas.length }], {
+        title: `From “${shorten(from, 30)}” to “${shorten(to, 30)}”`,
+        layout: "strip",
+        captions: thetas.map((theta) => theta.toFixed(2)),
+        parents: [image],
+      });
       view.close();
     },
   });

@@ -2,8 +2,8 @@
 
 import { h, iconButton, newId, range } from "./dom.js";
 import { normalizeWeights, planStrip, roundShares } from "./tools/blend.js";
-import { buildMixRequest, describeMix, explainMix, limitAnchors } from "./tools/anchors.js";
-import { choice, countChoice, drawFoot, shorten, textButton } from "./tools/controls.js";
+import { buildMixRequest, buildStripRequests, describeMix, explainMix, limitAnchors } from "./tools/anchors.js";
+import { choice, countChoice, drawFoot, pick, shorten, textButton } from "./tools/controls.js";
 
 const DEFAULT_FRAMES = 7;
 const MAX_STRIP = 32; // images
@@ -111,18 +111,20 @@ export function openMix({ images, view, app }) {
 /** Start drawing a mix, or a strip. */
 function draw({ state, rows, count, app }) {
   const { anchors } = state;
-  const settings = { ...app.settings("edits"), seed: app.seed() };
+  const hasText = anchors.some((anchor) => anchor.text !== undefined);
   const parents = anchors.filter((anchor) => anchor.item).map((anchor) => anchor.item);
+  // Images keep their own noise, which guidance would not give back
+  const taken = ["steps", ...(hasText ? ["prior_steps", "prior_guidance_scale"] : []), ...(parents.length ? [] : ["guidance_scale"])];
+  const fields = { ...pick(app.settings("generations"), taken), seed: app.seed() };
   const title = describeMix(anchors);
-  if (!state.strip) {
-    // Images alone have no chance in them: all mixes of a seed or another are the same
-    const n = anchors.some((anchor) => anchor.text !== undefined) ? count : 1;
+  if (state.strip) {
+    const captions = rows.map((row) => roundShares(row.filter((share) => share > 0)).map((percent) => `${percent} %`).join(" · "));
+    app.draw(buildStripRequests(anchors, rows, fields), { title, layout: "strip", captions, parents });
+  } else {
     const weights = normalizeWeights(anchors.map((anchor) => anchor.weight));
-    app.draw([buildMixRequest(anchors, weights, { ...settings, n })], { title, layout: "grid", parents });
-    return;
+    // Nothing of a mix of images is drawn by chance
+    app.draw([buildMixRequest(anchors, weights, { ...fields, n: hasText ? count : 1 })], { title, layout: "grid", parents });
   }
-  const captions = rows.map((row) => roundShares(row.filter((share) => share > 0)).map((percent) => `${percent} %`).join(" · "));
-  app.draw(rows.map((row) => buildMixRequest(anchors, row, settings)), { title, layout: "strip", captions, parents });
 }
 
 /** One thing of the list: its image or text, its share, and buttons. */

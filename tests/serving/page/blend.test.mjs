@@ -33,3 +33,12 @@ test("numbers are equally spaced, both ends included", () => {
   assert.deepEqual(blend.spaceNumbers(0, 0.5, 6), [0, 0.1, 0.2, 0.3, 0.4, 0.5]);
   assert.deepEqual(blend.spaceNumbers(0, 0.5, 1), [0.5]);
 });
+
+test("lists are split into parts of about one length", () => {
+  const sizes = (length, size) => blend.splitEvenly(new Array(length).fill(0), size).map((part) => part.length);
+  assert.deepEqual(sizes(10, 10), [10]);
+  assert.deepEqual(sizes(13, 10), [7, 6]);
+  assert.deepEqual(sizes(31, 10), [8, 8, 7, 8]);
+  assert.deepEqual(blend.splitEvenly([1, 2, 3], 2), [[1, 2], [3]]);
+  assert.deepEqual(sizes(0, 10), []);
+});

@@ -1,11 +1,13 @@
 // What is mixed: images and texts, as the API takes them. No browser is needed.
 
-const MAX_IMAGES = 16; // of the API
-const MAX_TEXTS = 1; // the prompt
+import { splitEvenly } from "./blend.js";
 
-function isText(anchor) {
-  return anchor.text !== undefined;
-}
+const MAX_IMAGES = 16; // of the API
+const MAX_TEXTS = 16;
+const MAX_PER_REQUEST = 10; // images, of the API
+
+const isText = (anchor) => anchor.text !== undefined;
+const round = (share) => Math.round(share * 10_000) / 10_000;
 
 /** Whether one more image, or one more text, may be added: {image, text}. */
 export function limitAnchors(anchors) {
@@ -17,29 +19,37 @@ export function limitAnchors(anchors) {
 export function explainMix(anchors, count, maxCount) {
   if (anchors.length < 2) return "Add something to mix with.";
   if (anchors.some((anchor) => isText(anchor) && !anchor.text.trim())) return "Write the text to mix in.";
-  if (anchors.every(isText)) return "Add an image.";
   if (count === 1 && anchors.every((anchor) => anchor.weight === 0)) return "Give something a share above 0.";
   if (count > maxCount) return `${count} images are too many; at most ${maxCount} are drawn at once.`;
   return null;
 }
 
-/** The request of one mix: shares of the anchors, in the order in which the API has them. */
+/** The request of one mix. shares: of the anchors. */
 export function buildMixRequest(anchors, shares, fields) {
-  const pairs = chooseNeeded(anchors.map((anchor, place) => ({ anchor, share: shares[place] })));
-  const images = pairs.filter(({ anchor }) => !isText(anchor));
-  const texts = pairs.filter(({ anchor }) => isText(anchor));
-  const weights = [...images, ...texts].map(({ share }) => Math.round(share * 10_000) / 10_000);
-  const prompt = texts.length ? { prompt: texts[0].anchor.text.trim() } : {};
-  return { route: "edits", fields: { ...fields, ...prompt, weights }, images: images.map(({ anchor }) => anchor.item) };
+  const { request, order } = buildRequest(anchors, fields);
+  request.fields.weights = order.map((place) => round(shares[place]));
+  return request;
 }
 
-/** Leave out what has no share, which would be computed in vain, but for what makes it a mix: an image, and two things. */
-function chooseNeeded(pairs) {
-  const needed = new Set(pairs.filter(({ share }) => share > 0));
-  const images = pairs.filter(({ anchor }) => !isText(anchor));
-  if (!images.some((pair) => needed.has(pair))) needed.add(images[0]);
-  for (const pair of pairs) if (needed.size < 2) needed.add(pair);
-  return pairs.filter((pair) => needed.has(pair));
+/** The requests of a strip, with its images in order. rows: the shares of each image. */
+export function buildStripRequests(anchors, rows, fields) {
+  return splitEvenly(rows, MAX_PER_REQUEST).map((part) => {
+    // What has no share in any image would be computed in vain
+    const used = anchors.map((_, place) => place).filter((place) => part.some((row) => row[place] > 0));
+    const { request, order } = buildRequest(used.map((place) => anchors[place]), fields);
+    request.fields.weights = part.map((row) => order.map((place) => round(row[used[place]])));
+    return { ...request, count: part.length };
+  });
+}
+
+/** A request without weights, and the order of the anchors in it: images first. */
+function buildRequest(anchors, fields) {
+  const places = anchors.map((_, place) => place);
+  const order = [...places.filter((place) => !isText(anchors[place])), ...places.filter((place) => isText(anchors[place]))];
+  const images = anchors.filter((anchor) => !isText(anchor)).map((anchor) => anchor.item);
+  const texts = anchors.filter(isText).map((anchor) => anchor.text.trim());
+  const given = texts.length ? { ...fields, texts } : { ...fields };
+  return { request: { route: images.length ? "edits" : "generations", fields: given, images }, order };
 }
 
 /** A title for a mix. */

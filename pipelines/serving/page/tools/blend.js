@@ -37,6 +37,14 @@ export function planStrip(count, frames) {
   return rows;
 }
 
+/** A list in parts of at most `size` entries, as equal as can be. */
+export function splitEvenly(list, size) {
+  const count = Math.ceil(list.length / size);
+  return Array.from({ length: count }, (_, part) =>
+    list.slice(Math.round((part * list.length) / count), Math.round(((part + 1) * list.length) / count)),
+  );
+}
+
 function round(number) {
   return Math.round(number * 10_000) / 10_000;
 }

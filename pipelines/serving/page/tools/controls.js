@@ -73,6 +73,11 @@ export function isTyping(event) {
   return event.target.matches?.("textarea, select, input:not([type=radio], [type=checkbox], [type=range])");
 }
 
+/** Some of a person's settings, those that a task takes. */
+export function pick(settings, names) {
+  return Object.fromEntries(Object.entries(settings).filter(([name]) => names.includes(name)));
+}
+
 /** A text as titles show it. */
 export function shorten(text, length = 60) {
   const line = text.trim().replace(/\s+/g, " ");
