@@ -2,7 +2,7 @@
 
 import { nameFile } from "./api.js";
 import { h, icon, newId, toast } from "./dom.js";
-import { findRequest } from "./gallery.js";
+import { findRequest, hasChance } from "./gallery.js";
 import { findItems, setStar } from "./history.js";
 import { readFields } from "./settings.js";
 import { showSnippets } from "./snippets.js";
@@ -27,7 +27,7 @@ export function buildActions(app) {
     extend: { label: "Extend", icon: "extend", key: "x", hint: "Paint beyond its edges", isPossible: always, run: (item) => app.openTool("extend", item) },
     change: { label: "Change", icon: "change", key: "c", hint: "Move its meaning from one text towards another", isPossible: always, run: (item) => app.openTool("change", item) },
     again: {
-      label: "Same again", icon: "again", key: "r", hint: "The same words and settings, with new seeds", isPossible: (item) => Boolean(findOrigin(item)),
+      label: "Same again", icon: "again", key: "r", hint: "The same words and settings, with new seeds", isPossible: (item) => Boolean(findOrigin(item)) && hasChance(findOrigin(item)),
       run: async (item) => {
         const request = findOrigin(item);
         const parents = await findItems(item.parents);

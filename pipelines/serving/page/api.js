@@ -159,7 +159,9 @@ function buildBody({ route, images = [], mask }, fields) {
   }
   const form = new FormData();
   for (const [name, value] of given) {
-    if (Array.isArray(value)) value.forEach((item) => form.append(`${name}[]`, item));
+    // Lists in a list have no form of their own
+    if (Array.isArray(value?.[0])) form.append(name, JSON.stringify(value));
+    else if (Array.isArray(value)) value.forEach((item) => form.append(`${name}[]`, item));
     else form.append(name, value);
   }
   for (const image of images) form.append(images.length > 1 ? "image[]" : "image", image.blob ?? image, nameFile(image));

@@ -98,9 +98,10 @@ class CardView {
   constructor(gallery, card) {
     Object.assign(this, { gallery, card, app: gallery.app, progress: [], slots: [], isDrawing: false });
     this.starts = [];
-    for (const [number, request] of card.requests.entries()) {
+    for (const request of card.requests) {
       this.starts.push(this.slots.length);
-      for (let index = 0; index < (request.fields.n ?? 1); index++) this.slots.push(new Slot(this, card.captions?.[number]));
+      const count = request.count ?? request.fields.n ?? 1;
+      for (let place = 0; place < count; place++) this.slots.push(new Slot(this, card.captions?.[this.slots.length]));
     }
     const id = newId("card");
     this.tools = h("div", { class: "card-tools" });
@@ -123,10 +124,11 @@ class CardView {
   /** Show a card of the history. */
   async restore() {
     const items = await findItems(this.card.items);
+    const slots = items.map((item) => this.slots[this.starts[item.request] + (item.place ?? 0)]);
     // Slots without an image, of those that were removed or cancelled, go
-    this.slots.slice(items.length).forEach((slot) => slot.element.remove());
-    this.slots.length = items.length;
-    items.forEach((item, index) => this.slots[index].show(item));
+    this.slots.filter((slot) => !slots.includes(slot)).forEach((slot) => slot.element.remove());
+    this.slots = slots;
+    items.forEach((item, index) => slots[index].show(item));
     this.finish();
   }
 
@@ -135,7 +137,7 @@ class CardView {
     this.status.hidden = true;
     this.element.classList.remove("drawing", "failed");
     const tools = [];
-    if (this.card.requests[0].route) {
+    if (hasChance(this.card.requests[0])) {
       tools.push(iconButton("again", "Draw again, with a new seed", () => this.app.drawAgain(this.card)));
     }
     tools.push(iconButton("trash", "Remove these images", () => this.gallery.removeCard(this)));
@@ -196,10 +198,10 @@ class CardView {
     }
   }
 
-  async takeImage(slot, number, { blob }) {
+  async takeImage(slot, number, { blob, index }) {
     const record = await readRecord(blob);
     const { prompt, title, id, parents } = { prompt: this.card.requests[number].fields.prompt, ...this.card };
-    slot.drawn = await createItem(blob, { record, prompt: prompt ?? title, parents, card: id, request: number });
+    slot.drawn = await createItem(blob, { record, prompt: prompt ?? title, parents, card: id, request: number, place: index });
     slot.preview(blob);
   }
 
@@ -379,8 +381,17 @@ const newCardId = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 /** Return the request that drew an item, alone and with its own seed; null for an image from elsewhere. */
 export function findRequest(item) {
-  const card = findCard(item);
-  const request = card?.requests[item.request ?? 0];
+  const request = findCard(item)?.requests[item.request ?? 0];
   if (!request?.route) return null;
-  return { ...request, fields: { ...request.fields, n: 1, seed: item.record?.seed ?? request.fields.seed } };
+  const { count, ...alone } = request;
+  const { theta, weights } = request.fields;
+  // Of a strip, its own place
+  const own = Array.isArray(theta) ? { theta: theta[item.place] } : Array.isArray(weights?.[0]) ? { weights: weights[item.place] } : { n: 1 };
+  return { ...alone, fields: { ...request.fields, ...own, seed: item.record?.seed ?? request.fields.seed } };
+}
+
+/** Return whether another seed draws other images: nothing of a change, or of a mix of images, is drawn by chance. */
+export function hasChance({ route, fields, images = [] }) {
+  const isMix = fields.weights !== undefined;
+  return Boolean(route) && fields.source === undefined && !(isMix && images.length > 0 && !fields.texts);
 }

@@ -1,6 +1,7 @@
 // The history in this browser: images and the cards that drew them, in IndexedDB, bounded, stars kept.
 //
-// An item is one image: {id, blob, url, width, height, record, prompt, parents, starred, created, card}.
+// An item is one image: {id, blob, url, width, height, record, prompt, parents, starred, created, card, request, place}.
+// Its request is a number, of its card's requests, and its place one of that request's images.
 // A card is one drawing: {id, title, layout, captions, requests, parents, items, created}. Both refer to items by id.
 
 const MAX_IMAGES = 600;
@@ -36,11 +37,11 @@ export async function openHistory() {
 }
 
 /** Return a new item of an image file, not yet kept. */
-export async function createItem(blob, { record = null, prompt = "", parents = [], card = null, request = 0 } = {}) {
+export async function createItem(blob, { record = null, prompt = "", parents = [], card = null, request = 0, place = 0 } = {}) {
   const bitmap = await createImageBitmap(blob);
   const { width, height } = bitmap;
   bitmap.close();
-  const about = { record, prompt, parents, card, request, width, height, starred: false, created: Date.now() };
+  const about = { record, prompt, parents, card, request, place, width, height, starred: false, created: Date.now() };
   const item = { id: crypto.getRandomValues(new Uint32Array(4)).join("-"), blob, url: URL.createObjectURL(blob), ...about };
   items.set(item.id, item);
   return item;

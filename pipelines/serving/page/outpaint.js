@@ -17,7 +17,7 @@ const TOWARDS = { ArrowLeft: ["x", -1], ArrowRight: ["x", 1], ArrowUp: ["y", -1]
 
 /** Fill a dialog with the frame for an image. */
 export function openOutpaint({ image, view, app }) {
-  const limits = findLimits(image, app.model.side);
+  const limits = findLimits(image, app.model.side ?? 0);
   const start = Math.round(Math.max(image.width, image.height) / 4 / STEP) * STEP;
   const state = { margins: frames.growSides(image, frames.NO_MARGINS, ["left", "right"], start, limits) };
   const set = (margins, { settle = true } = {}) => {
@@ -78,13 +78,14 @@ export function openOutpaint({ image, view, app }) {
   set(state.margins);
 }
 
-/** What the frame of an image may be, for a model whose square has a side. */
+/** What the frame of an image may be, for a model whose square has a side; 0 if the server does not say. */
 function findLimits(image, side) {
+  const longest = Math.max(image.width, image.height);
   return {
     side,
     minPixels: MIN_AREA * side * side,
     maxMargin: MAX_MARGIN,
-    maxSide: Math.max(MAX_TIMES_SIDE * side, image.width, image.height),
+    maxSide: Math.max(MAX_TIMES_SIDE * (side || longest), longest),
     maxPixels: Math.max(MAX_PIXELS, image.width * image.height),
   };
 }

@@ -1,0 +1,85 @@
+"""What people do with the page, and what they see."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE = 32  # of the tiny model's images
+
+
+def build_image(width: int = SIDE, height: int = SIDE, seed: int = 0) -> Image.Image:
+    """Return an image whose pixels all differ from their neighbours."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def add_image(page: Any, image: Image.Image, name: str = "noise.png") -> Any:
+    """Give the page an image as a file, and return the picture of the gallery."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    with page.expect_file_chooser() as chooser:
+        page.click("#attach")
+    chooser.value.set_files([{"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}])
+    page.get_by_role("heading", name=name).wait_for()
+    return page.locator(".card").first.locator(".picture")
+
+
+def wait_for_card(page: Any, title: str) -> list[Image.Image]:
+    """Wait until the card with a title is drawn, and return its images."""
+    card = page.locator(".card", has=page.get_by_role("heading", name=title, exact=True)).first
+    card.locator(".picture[data-item]").first.wait_for()
+    return read_images(card)
+
+
+def read_images(card: Any) -> list[Image.Image]:
+    """Return the images of a card, with all their pixels."""
+    found = card.locator(".picture-open img").evaluate_all(
+        """images => Promise.all(images.map(image => new Promise((resolve, reject) => {
+            const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+            const context = canvas.getContext("2d");
+            context.drawImage(image, 0, 0);
+            const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
+            resolve([canvas.width, canvas.height, btoa(Array.from(pixels, (byte) => String.fromCharCode(byte)).join(""))]);
+        })))"""
+    )
+    return [Image.frombytes("RGBA", (w, h), base64.b64decode(text)).convert("RGB") for w, h, text in found]
+
+
+def open_tool(picture: Any, name: str) -> None:
+    """Open a tool for a picture of the gallery: by its button, or by its menu."""
+    page = picture.page
+    button = picture.get_by_role("button", name=name)
+    if button.count():
+        button.click()
+    else:
+        picture.get_by_role("button", name="More actions").click()
+        page.get_by_role("menuitem", name=name).click()
+    page.locator("dialog .tool-layout").wait_for()
+
+
+def drag(page: Any, start: tuple[float, float], end: tuple[float, float], steps: int = 8) -> None:
+    """Move the pressed mouse from one point of the window to another."""
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end, steps=steps)
+    page.mouse.up()
+
+
+def touch_line(page: Any, points: list[tuple[float, float]], second: tuple[float, float] | None = None) -> None:
+    """Move a finger along points of the window. second: where another finger comes down before the first one is up."""
+    session = page.context.new_cdp_session(page)
+
+    def send(kind: str, fingers: list[tuple[float, float]]) -> None:
+        touches = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(fingers)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+
+    send("touchStart", points[:1])
+    for point in points[1:]:
+        send("touchMove", [point])
+    if second is not None:
+        send("touchStart", [points[-1], second])
+    send("touchEnd", [])
+    session.detach()
