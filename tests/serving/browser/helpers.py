@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SIDE = 32  # of the tiny model's images
+SIDE = 128  # of the model's images
 
 
 def build_image(width: int = SIDE, height: int = SIDE, seed: int = 0) -> Image.Image:

@@ -8,13 +8,17 @@ import pytest
 from tests.serving.browser.helpers import SIDE, add_image, build_image, drag, open_tool, touch_line, wait_for_card
 
 
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+DARK = {"color_scheme": "dark"}
+
+
 def paint_band(width: int, height: int, middle: float, radius: float) -> np.ndarray:
     """Return the pixels of a brush that went through the whole image at one height, (H, W)."""
     rows = np.abs(np.arange(height) + 0.5 - middle) <= radius
     return np.repeat(rows[:, None], width, axis=1)
 
 
-def select_band(page, diameter: int = 8) -> np.ndarray:
+def select_band(page, diameter: int = 32) -> np.ndarray:
     """Select a band from beyond the left edge to beyond the right one, and return its pixels."""
     page.get_by_label("Size", exact=True).fill(str(diameter))
     box, board = page.locator(".board-box").bounding_box(), page.locator(".board").bounding_box()
@@ -29,8 +33,8 @@ def draw_with(page, prompt: str, count: int = 1) -> None:
     page.locator("dialog").get_by_role("button", name="Draw", exact=True).click()
 
 
-def test_the_brush_draws_what_is_selected_and_keeps_all_other_pixels(open_page):
-    page, image = open_page(), build_image()
+def test_the_brush_draws_what_is_selected_and_keeps_all_other_pixels(visit):
+    page, image = visit.page, build_image()
     open_tool(add_image(page, image), "Edit")
     band = select_band(page)
     page.get_by_text("25 % selected").wait_for()
@@ -43,8 +47,8 @@ def test_the_brush_draws_what_is_selected_and_keeps_all_other_pixels(open_page):
         assert differs[band].mean() > 0.9
 
 
-def test_strokes_are_undone_inverted_and_erased(open_page):
-    page = open_page()
+def test_strokes_are_undone_inverted_and_erased(visit):
+    page = visit.page
     open_tool(add_image(page, build_image()), "Edit")
     said = page.locator(".tool-amount")
     draw = page.locator("dialog").get_by_role("button", name="Draw", exact=True)
@@ -59,7 +63,7 @@ def test_strokes_are_undone_inverted_and_erased(open_page):
     assert said.text_content() == "75 % selected"
     # Erasing through the middle leaves it erased
     page.keyboard.press("e")
-    select_band(page, diameter=16)
+    select_band(page, diameter=64)
     assert said.text_content() == "50 % selected"
     page.get_by_role("button", name="Undo").click()
     page.get_by_role("button", name="Clear the selection").click()
@@ -71,13 +75,13 @@ def test_strokes_are_undone_inverted_and_erased(open_page):
     assert said.text_content() == "0 % selected"
 
 
-def test_the_brush_needs_no_pointer(open_page):
-    page, image = open_page(), build_image()
+def test_the_brush_needs_no_pointer(visit):
+    page, image = visit.page, build_image()
     picture = add_image(page, image)
     open_tool(picture, "Edit")
     board = page.get_by_role("application", name="Brush over the image")
     assert board.evaluate("board => board === document.activeElement")
-    page.get_by_label("Size", exact=True).fill("8")
+    page.get_by_label("Size", exact=True).fill("32")
     # From the middle to the right edge, in steps of half the brush's radius
     board.focus()
     board.press("Space")
@@ -87,25 +91,26 @@ def test_the_brush_needs_no_pointer(open_page):
     said = page.locator(".tool-amount")
     assert 13 <= int(re.match(r"\d+", said.text_content())[0]) <= 15
     board.press("]")
-    assert page.get_by_label("Size", exact=True).input_value() == "10"
+    assert page.get_by_label("Size", exact=True).input_value() == "38"
     # Whole areas by name
     page.get_by_role("button", name="Clear the selection").click()
     page.get_by_text("Select areas by name").click()
     page.get_by_role("button", name="top left").press("Enter")
     assert page.get_by_role("button", name="top left").get_attribute("aria-pressed") == "true"
-    assert said.text_content() == "12 % selected"  # 11 x 11 of 32 x 32
+    assert said.text_content() == "11 % selected"  # 43 x 43 of 128 x 128
     page.keyboard.press("Escape")
     assert page.locator("dialog").count() == 0
     assert picture.get_by_role("button", name="Edit").evaluate("button => button === document.activeElement")
 
 
-def test_a_finger_paints_on_a_phone_and_two_take_the_stroke_back(open_page):
-    page = open_page(width=390, height=844, touch=True)
+@pytest.mark.parametrize("visit", [PHONE], indirect=True, ids=["phone"])
+def test_a_finger_paints_on_a_phone_and_two_take_the_stroke_back(visit):
+    page = visit.page
     open_tool(add_image(page, build_image()), "Edit")
     # Nothing is wider than the screen
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator("dialog .view-body").evaluate("body => body.scrollWidth <= body.clientWidth")
-    page.get_by_label("Size", exact=True).fill("8")
+    page.get_by_label("Size", exact=True).fill("32")
     box = page.locator(".board-box").bounding_box()
     middle = box["y"] + box["height"] / 2
     line = [(box["x"] - 8, middle), (box["x"] + box["width"] / 2, middle), (box["x"] + box["width"] + 8, middle)]
@@ -115,8 +120,8 @@ def test_a_finger_paints_on_a_phone_and_two_take_the_stroke_back(open_page):
     assert page.locator(".tool-amount").text_content() == "25 % selected"
 
 
-def test_the_frame_gives_the_image_its_size(open_page):
-    page, image = open_page(), build_image()
+def test_the_frame_gives_the_image_its_size(visit):
+    page, image = visit.page, build_image()
     open_tool(add_image(page, image), "Extend")
     page.get_by_role("button", name="Reset").click()
     draw = page.locator("dialog").get_by_role("button", name="Draw", exact=True)
@@ -134,19 +139,19 @@ def test_the_frame_gives_the_image_its_size(open_page):
     assert top.get_attribute("aria-valuenow") == "7" and page.get_by_label("Top", exact=True).input_value() == "7"
     page.get_by_label("Bottom", exact=True).fill("1")
     page.get_by_label("Bottom", exact=True).press("Tab")
-    assert page.locator(".tool-amount").text_content() == "32 × 32 becomes 48 × 40 pixels"
+    assert page.locator(".tool-amount").text_content() == "128 × 128 becomes 144 × 136 pixels"
     draw_with(page, "a red circle")
     (drawn,) = wait_for_card(page, "a red circle")
-    assert drawn.size == (48, 40)
+    assert drawn.size == (144, 136)
     kept = drawn.crop((0, 7, SIDE, 7 + SIDE))
     assert kept.tobytes() == image.tobytes()
 
 
-def test_shapes_and_limits_of_the_frame(open_page):
-    page = open_page()
+def test_shapes_and_limits_of_the_frame(visit):
+    page = visit.page
     open_tool(add_image(page, build_image()), "Extend")
     page.get_by_role("button", name="16 : 9").click()
-    assert page.locator(".tool-amount").text_content() == "32 × 32 becomes 57 × 32 pixels"
+    assert page.locator(".tool-amount").text_content() == "128 × 128 becomes 228 × 128 pixels"
     left = page.get_by_label("Left", exact=True)
     left.fill("99999")
     left.press("Tab")
@@ -156,8 +161,8 @@ def test_shapes_and_limits_of_the_frame(open_page):
     assert left.input_value() == "0"
 
 
-def test_a_change_is_a_strip_from_the_one_text_to_the_other(open_page):
-    page = open_page()
+def test_a_change_is_a_strip_from_the_one_text_to_the_other(visit):
+    page = visit.page
     open_tool(add_image(page, build_image()), "Change")
     page.get_by_label("From", exact=True).fill("a red circle")
     draw = page.get_by_role("button", name="Draw the strip")
@@ -173,8 +178,9 @@ def test_a_change_is_a_strip_from_the_one_text_to_the_other(open_page):
     assert card.get_by_role("button", name="Draw again").count() == 0
 
 
-def test_a_drawing_is_cancelled(open_page, address):
-    page = open_page(settings={"steps": 100, "prior_steps": 100})
+def test_a_drawing_is_cancelled(visit):
+    page = visit.page
+    visit.open(steps=100)
     open_tool(add_image(page, build_image()), "Edit")
     select_band(page)
     draw_with(page, "a red circle", count=4)
@@ -183,11 +189,11 @@ def test_a_drawing_is_cancelled(open_page, address):
     assert page.get_by_role("heading", name="a red circle").count() == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("visit", [{}, PHONE | DARK], indirect=True, ids=["desk", "phone in the dark"])
 @pytest.mark.parametrize("tool", ["Edit", "Extend", "Mix", "Change"])
-def test_tools_have_no_violations_of_accessibility(open_page, tool, scheme):
+def test_tools_have_no_violations_of_accessibility(visit, tool):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    page = open_page(scheme=scheme)
+    page = visit.page
     open_tool(add_image(page, build_image()), tool)
     found = axe.Axe().run(page, context="dialog").response["violations"]
     assert [(fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
