@@ -6,6 +6,7 @@ import { spaceNumbers } from "./tools/blend.js";
 
 const DEFAULT_THETA = 0.5; // the paper goes to 0.25 to 0.5
 const DEFAULT_FRAMES = 6;
+const MAX_FRAMES = 10; // where the server does not say
 
 /** Fill a dialog with the two texts for an image. */
 export function openDiff({ image, view, app }) {
@@ -25,7 +26,8 @@ export function openDiff({ image, view, app }) {
     hint: "At 0 the image comes back as it is. At 1 nothing but the new direction is left.",
     oninput: () => showStops(),
   });
-  const frames = range({ label: "Images", min: 2, max: 10, step: 1, value: DEFAULT_FRAMES, oninput: () => showStops() });
+  const most = app.model.max_n ?? MAX_FRAMES;
+  const frames = range({ label: "Images", min: 1, max: most, step: 1, value: Math.min(most, DEFAULT_FRAMES), oninput: () => showStops() });
   const stops = h("ol", { class: "strip-stops", "aria-label": "The strip" });
   const listThetas = () => spaceNumbers(0, furthest.input.valueAsNumber, frames.input.valueAsNumber);
 

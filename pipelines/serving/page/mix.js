@@ -7,6 +7,7 @@ import { choice, countChoice, drawFoot, pick, shorten, textButton } from "./tool
 
 const DEFAULT_FRAMES = 7;
 const MAX_STRIP = 32; // images
+const MAX_PER_REQUEST = 10; // images, where the server does not say
 
 /** Fill a dialog with the things to mix, images to start with. */
 export function openMix({ images, view, app }) {
@@ -119,7 +120,7 @@ function draw({ state, rows, count, app }) {
   const title = describeMix(anchors);
   if (state.strip) {
     const captions = rows.map((row) => roundShares(row.filter((share) => share > 0)).map((percent) => `${percent} %`).join(" · "));
-    app.draw(buildStripRequests(anchors, rows, fields), { title, layout: "strip", captions, parents });
+    app.draw(buildStripRequests(anchors, rows, fields, app.model.max_n ?? MAX_PER_REQUEST), { title, layout: "strip", captions, parents });
   } else {
     const weights = normalizeWeights(anchors.map((anchor) => anchor.weight));
     // Nothing of a mix of images is drawn by chance
@@ -203,7 +204,7 @@ function buildFace(anchor) {
   return h("div", { class: "words" }, shorten(anchor.text, 30) || "Aa");
 }
 
-/** Take images that are dropped on the dialog, or pasted. */
+/** Take images that are dropped on the dialog, or pasted, into the gallery and the mix. */
 function takeFiles(view, app, canvas, add) {
   async function take(event, files) {
     const images = [...(files ?? [])].filter((file) => file.type.startsWith("image/"));
@@ -212,21 +213,28 @@ function takeFiles(view, app, canvas, add) {
     event.stopPropagation();
     for (const file of images) {
       try {
-        add(await app.open(file));
+        const item = await app.open(file);
+        await app.gallery.add(item, item.prompt || file.name || "Your image");
+        add(item);
       } catch (error) {
         app.say(error.message);
       }
     }
   }
-  const dialog = view.dialog;
-  dialog.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    canvas.classList.add("over");
-  });
-  dialog.addEventListener("dragleave", () => canvas.classList.remove("over"));
-  dialog.addEventListener("drop", (event) => {
-    canvas.classList.remove("over");
+  // The page below takes what is dropped too
+  const watch = (name, act) =>
+    view.dialog.addEventListener(name, (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      act(event);
+    });
+  const mark = (isOver) => () => canvas.classList.toggle("over", isOver);
+  watch("dragenter", mark(true));
+  watch("dragover", mark(true));
+  watch("dragleave", mark(false));
+  watch("drop", (event) => {
+    mark(false)();
     take(event, event.dataTransfer?.files);
   });
-  dialog.addEventListener("paste", (event) => take(event, event.clipboardData?.files));
+  view.dialog.addEventListener("paste", (event) => take(event, event.clipboardData?.files));
 }

@@ -15,7 +15,8 @@ const RECORD_LABELS = {
   theta: "Theta",
   source: "From",
   target: "To",
-  weights_of_inputs: "Weights",
+  anchors: "Mixed from",
+  weights: "Weights",
   negative_prompt: "Negative prompt",
   prior_num_inference_steps: "Prior steps",
   prior_guidance_scale: "Prior guidance",
@@ -104,8 +105,10 @@ function buildDetails(item) {
   add("Size", `${item.width} × ${item.height}`);
   for (const [name, label] of Object.entries(RECORD_LABELS)) {
     const value = item.record?.[name];
-    if (value === undefined || value === null) continue;
-    add(label, typeof value === "object" ? (value.scale ?? JSON.stringify(value)) : value);
+    // Of images that are no mix, `weights` is a digest of the model's
+    if (value === undefined || value === null || (name === "weights" && !Array.isArray(value))) continue;
+    if (Array.isArray(value)) add(label, value.join(", "));
+    else add(label, typeof value === "object" ? (value.scale ?? JSON.stringify(value)) : value);
   }
   return h("section", {}, h("h3", {}, "Settings"), list);
 }

@@ -16,13 +16,36 @@ def build_image(width: int = SIDE, height: int = SIDE, seed: int = 0) -> Image.I
     return Image.fromarray(values)
 
 
-def add_image(page: Any, image: Image.Image, name: str = "noise.png") -> Any:
-    """Give the page an image as a file, and return the picture of the gallery."""
+def encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def drop_image(page: Any, image: Image.Image, name: str) -> None:
+    """Drop an image's file on the dialog that is open, and wait until it is one more of the mix."""
+    anchors = page.locator(".anchor")
+    count = anchors.count()
+    page.locator("dialog").evaluate(
+        """(dialog, [text, name]) => {
+            const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], name, { type: "image/png" }));
+            for (const kind of ["dragenter", "dragover", "drop"]) {
+                dialog.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+            }
+        }""",
+        [base64.b64encode(encode(image)).decode(), name],
+    )
+    anchors.nth(count).wait_for()
+    assert page.locator("#drop-veil.shown").count() == 0
+
+
+def add_image(page: Any, image: Image.Image, name: str = "noise.png") -> Any:
+    """Give the page an image as a file, and return the picture of the gallery."""
     with page.expect_file_chooser() as chooser:
         page.click("#attach")
-    chooser.value.set_files([{"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}])
+    chooser.value.set_files([{"name": name, "mimeType": "image/png", "buffer": encode(image)}])
     page.get_by_role("heading", name=name).wait_for()
     return page.locator(".card").first.locator(".picture")
 
@@ -42,7 +65,8 @@ def read_images(card: Any) -> list[Image.Image]:
             const context = canvas.getContext("2d");
             context.drawImage(image, 0, 0);
             const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
-            resolve([canvas.width, canvas.height, btoa(Array.from(pixels, (byte) => String.fromCharCode(byte)).join(""))]);
+            const text = Array.from(pixels, (byte) => String.fromCharCode(byte)).join("");
+            resolve([canvas.width, canvas.height, btoa(text)]);
         })))"""
     )
     return [Image.frombytes("RGBA", (w, h), base64.b64decode(text)).convert("RGB") for w, h, text in found]

@@ -5,8 +5,16 @@ import re
 import numpy as np
 import pytest
 
-from tests.serving.browser.helpers import SIDE, add_image, build_image, drag, open_tool, touch_line, wait_for_card
-
+from tests.serving.browser.helpers import (
+    SIDE,
+    add_image,
+    build_image,
+    drag,
+    drop_image,
+    open_tool,
+    touch_line,
+    wait_for_card,
+)
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 DARK = {"color_scheme": "dark"}
@@ -176,6 +184,60 @@ def test_a_change_is_a_strip_from_the_one_text_to_the_other(visit):
     assert card.locator("figcaption").all_text_contents() == ["0.00", "0.25", "0.50"]
     # Nothing of it is drawn by chance, so that nothing is drawn "again"
     assert card.get_by_role("button", name="Draw again").count() == 0
+
+
+def test_images_and_texts_are_mixed_by_their_shares(visit):
+    page = visit.page
+    images = [build_image(seed=1), build_image(seed=2)]
+    add_image(page, images[0], "first.png")
+    open_tool(add_image(page, images[1], "second.png"), "Mix")
+    dialog, draw = page.get_by_role("dialog"), page.get_by_role("button", name="Draw", exact=True).last
+    assert draw.get_attribute("aria-disabled") == "true"
+    dialog.get_by_role("button", name="Add images").click()
+    page.locator(".chooser .thumbnail").last.click()  # the oldest
+    page.get_by_role("button", name="Use these").click()
+    dialog.get_by_role("button", name="Add a text").click()
+    page.keyboard.type("a red circle")
+    sliders = dialog.get_by_role("slider")
+    for place, value in enumerate((50, 30, 20)):
+        sliders.nth(place).fill(str(value))
+    assert dialog.locator(".anchor output").all_text_contents() == ["50 %", "30 %", "20 %"]
+    assert sliders.nth(2).get_attribute("aria-valuetext") == "20 % of the mix"
+    dialog.get_by_role("radio", name="2").check()
+    draw.click()
+    assert len(wait_for_card(page, "Mix of 3")) == 2
+    weights = [item["record"]["weights"] for item in visit.read_items() if item["prompt"] == "Mix of 3"]
+    assert weights == [[0.5, 0.3, 0.2]] * 2
+
+
+def test_a_strip_goes_from_one_image_to_the_other_and_any_place_of_it_can_be_had_as_code(visit):
+    page = visit.page
+    images = [build_image(seed=1), build_image(seed=2)]
+    open_tool(add_image(page, images[0], "first.png"), "Mix")
+    drop_image(page, images[1], "second.png")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("radio", name="A strip").check()
+    dialog.get_by_role("slider", name="Images from each to the next").fill("3")
+    # The second becomes the first, by key; the focus stays in the list
+    dialog.get_by_role("button", name="Move image up").last.press("Enter")
+    page.get_by_role("button", name="Draw", exact=True).last.click()
+    drawn = wait_for_card(page, "Mix of 2")
+    assert len(drawn) == 3 and len({image.tobytes() for image in drawn}) == 3
+    card = page.locator(".card").first
+    assert card.locator("figcaption").all_text_contents() == ["100 %", "50 % · 50 %", "100 %"]
+    items = sorted(
+        (item for item in visit.read_items() if item["prompt"] == "Mix of 2"), key=lambda item: item["place"]
+    )
+    assert [item["record"]["weights"] for item in items] == [[1, 0], [0.5, 0.5], [0, 1]]
+    # After a reload too, and without the first place
+    card.locator(".picture").first.get_by_role("button", name="More actions").click()
+    page.get_by_role("menuitem", name="Remove").click()
+    visit.open()
+    card = page.locator(".card").first
+    assert card.locator("figcaption").all_text_contents() == ["50 % · 50 %", "100 %"]
+    card.locator(".picture").first.get_by_role("button", name="More actions").click()
+    page.get_by_role("menuitem", name="As code").click()
+    assert '"weights": [0.5, 0.5]' in page.locator("pre").text_content()
 
 
 def test_a_drawing_is_cancelled(visit):

@@ -23,7 +23,7 @@ test("images come first, then texts, and so do their shares", () => {
 });
 
 test("a strip is one request, or several with what has a share in each", () => {
-  const [one] = anchors.buildStripRequests([cat, text("snow")], [[1, 0], [0.5, 0.5], [0, 1]], { seed: 3 });
+  const [one] = anchors.buildStripRequests([cat, text("snow")], [[1, 0], [0.5, 0.5], [0, 1]], { seed: 3 }, 10);
   assert.deepEqual(one, {
     route: "edits",
     fields: { seed: 3, texts: ["snow"], weights: [[1, 0], [0.5, 0.5], [0, 1]] },
@@ -31,7 +31,7 @@ test("a strip is one request, or several with what has a share in each", () => {
     count: 3,
   });
   const rows = planStrip(3, 7);
-  const parts = anchors.buildStripRequests([cat, dog, text("snow")], rows, {});
+  const parts = anchors.buildStripRequests([cat, dog, text("snow")], rows, {}, 10);
   assert.deepEqual(parts.map((part) => part.count), [7, 6]);
   assert.deepEqual(parts[0].images, [cat.item, dog.item]);
   assert.deepEqual(parts[0].fields.weights[6], [0, 1]);

@@ -4,7 +4,6 @@ import { splitEvenly } from "./blend.js";
 
 const MAX_IMAGES = 16; // of the API
 const MAX_TEXTS = 16;
-const MAX_PER_REQUEST = 10; // images, of the API
 
 const isText = (anchor) => anchor.text !== undefined;
 const round = (share) => Math.round(share * 10_000) / 10_000;
@@ -31,9 +30,9 @@ export function buildMixRequest(anchors, shares, fields) {
   return request;
 }
 
-/** The requests of a strip, with its images in order. rows: the shares of each image. */
-export function buildStripRequests(anchors, rows, fields) {
-  return splitEvenly(rows, MAX_PER_REQUEST).map((part) => {
+/** The requests of a strip, with its images in order. rows: the shares of each image. limit: images of a request. */
+export function buildStripRequests(anchors, rows, fields, limit) {
+  return splitEvenly(rows, limit).map((part) => {
     // What has no share in any image would be computed in vain
     const used = anchors.map((_, place) => place).filter((place) => part.some((row) => row[place] > 0));
     const { request, order } = buildRequest(used.map((place) => anchors[place]), fields);
