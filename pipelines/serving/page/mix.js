@@ -180,7 +180,6 @@ function buildPart(anchor, share, percent) {
   const part = h("div", { class: "mix-part" }, face, h("span", { class: "mix-share" }, `${percent} %`));
   part.style.flexGrow = String(share);
   part.hidden = share === 0;
-  part.classList.toggle("slim", share < 0.12);
   return part;
 }
 
