@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.options import PRIOR_OPTION_NAMES, ResolvedOptions
@@ -25,6 +25,7 @@ Record: TypeAlias = dict[str, Any]  # the input first, then its seed, the model 
 # Options in every record. Others are recorded if the user sets them.
 RECORDED_OPTIONS = ("num_inference_steps", "guidance_scale")
 RECORDED_PRIOR_OPTIONS = ("prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")
+MAX_EXIF_BYTES = 65_000  # of a JPEG's, beside a few for its tags
 PARAMETER_LABELS = {  # the names that other programs use
     "Steps": "num_inference_steps",
     "CFG scale": "guidance_scale",
@@ -92,7 +93,36 @@ def convert_to_json_value(value: Any) -> Any:
 
 def encode_png_image(image: Image.Image, record: Record) -> bytes:
     """Return a PNG file with its record: JSON under "t2i", and under "parameters" the text that other programs read."""
-    # The text that other programs read: the prompt, the negative prompt, and a line of parameters
+    info = PngInfo()
+    info.add_itxt("parameters", format_parameters(image, record))
+    info.add_itxt("t2i", format_record(record))
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def build_exif(image: Image.Image, record: Record) -> Image.Exif:
+    """Return a record as files without texts of their own hold it: the texts of `encode_png_image`, in EXIF.
+
+    The JSON is the description of the image, and the text for other programs the comment, where they look for it. What
+    does not fit into EXIF is left out.
+    """
+    exif = Image.Exif()
+    description, comment = format_record(record).encode(), format_parameters(image, record).encode("utf-16-be")
+    if len(description) < MAX_EXIF_BYTES:
+        exif[ExifTags.Base.ImageDescription] = description
+    if len(description) + len(comment) < MAX_EXIF_BYTES:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment
+    return exif
+
+
+def format_record(record: Record) -> str:
+    """Return a record as JSON, with this version."""
+    return replace_surrogates(json.dumps({"version": __version__, **record}, ensure_ascii=False))
+
+
+def format_parameters(image: Image.Image, record: Record) -> str:
+    """Return the text that other programs read: the prompt, the negative prompt, and a line of parameters."""
     lines = [record.get("prompt", "")]
     if "negative_prompt" in record:
         lines.append(f"Negative prompt: {record['negative_prompt']}")
@@ -100,14 +130,7 @@ def encode_png_image(image: Image.Image, record: Record) -> bytes:
     parameters = {label: value["scale"] if isinstance(value, dict) else value for label, value in parameters.items()}
     parameters |= {"Size": f"{image.width}x{image.height}", "Version": f"t2i {__version__}"}
     lines.append(", ".join(f"{label}: {quote_parameter(value)}" for label, value in parameters.items()))
-
-    # The record, and the file
-    info = PngInfo()
-    info.add_itxt("parameters", replace_surrogates("\n".join(lines)))
-    info.add_itxt("t2i", replace_surrogates(json.dumps({"version": __version__, **record}, ensure_ascii=False)))
-    buffer = BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+    return replace_surrogates("\n".join(lines))
 
 
 def quote_parameter(value: Any) -> str:

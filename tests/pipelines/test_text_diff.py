@@ -56,6 +56,21 @@ def test_turned_all_the_way_nothing_of_the_embedding_is_left(edit):
     torch.testing.assert_close(embeds[0], embeds[1])
 
 
+def test_several_thetas_are_drawn_from_one_inversion_each_as_alone(edit, monkeypatch):
+    inversions = []
+    invert = edit.invert_images
+    monkeypatch.setattr(type(edit), "invert_images", lambda self, *given: inversions.append(1) or invert(*given))
+    thetas, given = [0.0, 0.4, 1.0], [picture(1), picture(2)]
+    found = edit(given, "red circle", "blue square", theta=thetas, **QUICK)
+    assert len(found.images) == 6 and len(inversions) == 1
+    for number, theta in enumerate(thetas):
+        alone = edit(given, "red circle", "blue square", theta=theta, **QUICK)
+        torch.testing.assert_close(found.images[number::3], alone.images, atol=1e-4, rtol=1e-4)
+    for wrong in ([], [0.5, 2]):
+        with pytest.raises(InputError, match="theta"):
+            edit(picture(), "red circle", "blue square", theta=wrong)
+
+
 def test_there_and_back_are_opposite_directions(edit):
     there = edit(picture(), "red circle", "blue square", theta=1, **QUICK).image_embeds
     back = edit(picture(), "blue square", "red circle", theta=1, **QUICK).image_embeds

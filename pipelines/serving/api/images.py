@@ -6,7 +6,7 @@ from io import BytesIO
 
 from PIL import Image
 from t2i.pipelines.inputs import extract_luminance, extract_transparency
-from t2i.pipelines.jobs.records import encode_png_image
+from t2i.pipelines.jobs.records import build_exif, encode_png_image
 from t2i.pipelines.serving.api.errors import build_field_error
 from t2i.pipelines.serving.drawing import DrawnImage
 
@@ -71,14 +71,16 @@ def mark_painted(values: Image.Image) -> Image.Image:
 
 
 def encode_image(drawn: DrawnImage, output_format: str, compression: int | None) -> bytes:
-    """Return an image's file. A PNG has its record; others have none.
+    """Return an image's file, with its record if it has one.
 
     compression: the quality of jpeg and webp, 0 to 100; None is 100.
     """
     if output_format == "png":
         return encode_png_image(drawn.image, drawn.record)
     buffer = BytesIO()
-    drawn.image.save(buffer, output_format.upper(), quality=100 if compression is None else compression)
+    quality = 100 if compression is None else compression
+    exif = {"exif": build_exif(drawn.image, drawn.record)} if drawn.record else {}
+    drawn.image.save(buffer, output_format.upper(), quality=quality, **exif)
     return buffer.getvalue()
 
 
