@@ -23,6 +23,7 @@ class PromptEncoding:
     prior: Any
     text_encoder: Any = None
     refuses_unknown_words = False  # of texts; if not, they are logged. See `t2i.pipelines.calls.unknown_words`
+    logs_texts = True  # False where the log must not have what people write
     _execution_device: torch.device
 
     @cached_property
@@ -47,21 +48,27 @@ class PromptEncoding:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
         different, rows = find_unique_prompts(prompts)
-        # Say what the encoders cut off
-        for text in different:
-            if cut := self.clip.tokenizer.find_truncated_text(text):
-                # The tokens of start and end take two places
-                longest = self.clip.context_length - 2
-                logger.warning("a prompt is longer than %d tokens; this was cut: %r", longest, cut)
-            if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(text)):
-                longest = self.text_encoder.config.context_length
-                logger.warning("a prompt has more than the text encoder's %d tokens; this was cut: %r", longest, cut)
+        for line in self.list_cut_texts(different) if self.logs_texts else []:
+            logger.warning("%s", line)
         # Encode
         self.offload_all_but("clip")
         encoding = self.clip.encode_tokens(self.clip.tokenizer(different).to(self._execution_device))
         if self.text_encoder is not None:
             encoding = replace(encoding, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
         return encoding if rows is None else encoding.take_rows(rows)
+
+    def list_cut_texts(self, texts: list[str]) -> list[str]:
+        """Return a line for each text whose end the encoders do not read."""
+        lines = []
+        for text in texts:
+            if cut := self.clip.tokenizer.find_truncated_text(text):
+                # The tokens of start and end take two places
+                longest = self.clip.context_length - 2
+                lines.append(f"a prompt is longer than {longest} tokens; this was cut: {cut!r}")
+            if self.text_encoder is not None and (cut := self.text_encoder.find_truncated_text(text)):
+                longest = self.text_encoder.config.context_length
+                lines.append(f"a prompt has more than the text encoder's {longest} tokens; this was cut: {cut!r}")
+        return lines
 
     @torch.no_grad()
     def encode_decoder_prompt(self, prompt: str | list[str] | TextEncoding) -> Any:

@@ -41,7 +41,7 @@ def report_unknown_words(pipeline: Any, texts: str | list[str]) -> list[UnknownW
         unknown = [word for word in words if not word.is_keyword]
         if unknown and pipeline.refuses_unknown_words:
             raise InputError(f"prompt {text!r:.200}: {'. '.join(map(str, unknown))}")
-        if words and text not in logged:
+        if words and text not in logged and pipeline.logs_texts:
             if len(logged) >= MAX_LOGGED_TEXTS:
                 logged.clear()
             logged.add(text)

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from functools import partial
+from math import ceil
 from typing import Any
 
 from starlette.applications import Starlette
@@ -230,7 +231,7 @@ def start_job(service: Service, drawn: Any) -> Job:
     try:
         return service.submit(drawn)
     except QueueFull as error:
-        seconds = min(MAX_RETRY_SECONDS, max(1, round(error.retry_after)))
+        seconds = min(MAX_RETRY_SECONDS, max(1, ceil(error.retry_after)))
         raise ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)}) from error
     except EngineLost as error:
         raise explain_failure(error) from error

@@ -33,7 +33,8 @@ class DrawnImage:
 class CheckedRequest:
     """Facts about a request that is allowed.
 
-    notes: a line for each setting that has no effect, which begins with its name. stages: the steps of its stages.
+    notes: lines about settings that have no effect, which begin with their names, and about texts that are cut.
+    stages: the steps of its stages.
     """
 
     notes: list[str]
@@ -97,9 +98,11 @@ class Drawer:
         task = self.plan(pipeline, request)
         task.check()
         notes, _ = list_idle_arguments(pipeline, task.inputs | request.settings, task.resolved)
+        texts = collect_texts(task.inputs | request.settings)
+        notes += pipeline.list_cut_texts(texts) if texts and pipeline.clip.reads_captions else []
         if (request.strict or self.source.strict) and self.facts.known_words is not None:
-            texts = " ".join(collect_texts(task.inputs | request.settings))
-            if unknown := [word for word in self.facts.known_words.find_unknown_words(texts) if not word.is_keyword]:
+            found = self.facts.known_words.find_unknown_words(" ".join(texts))
+            if unknown := [word for word in found if not word.is_keyword]:
                 raise InputError(f"prompt has unknown words: {'. '.join(map(str, unknown))}")
         return CheckedRequest(notes, task.list_stages())
 
@@ -116,6 +119,8 @@ class Drawer:
 
     def plan(self, pipeline: Any, request: DrawRequest, **watch: Any) -> Task:
         """Return the task of a request for a pipeline."""
+        # Texts are the clients', who are told in the response what else would be logged
+        pipeline.logs_texts = False
         return TASKS[request.task](ServedModel(pipeline, self.source, self.weights), request, **watch)
 
     def build_preview_callback(self, request: DrawRequest, watch: Watch) -> Callable[[Preview], None]:

@@ -13,6 +13,7 @@ from t2i.pipelines.serving.tasks import MARGINS, TASKS
 
 from t2i.errors import InputError
 
+MAX_IMAGES = 16  # as OpenAI's API takes
 # The task that a field of edits and generations asks for
 TASK_FIELDS = {
     **dict.fromkeys(("source", "target", "theta"), "text_diff"),
@@ -55,6 +56,8 @@ def build_draw_request(
     """
     if route != "generations" and not images:
         raise build_field_error("image", "image is missing; give one", "missing_required_parameter")
+    if len(images) > MAX_IMAGES:
+        raise build_field_error("image", f"image must be at most {MAX_IMAGES} files, got {len(images)}")
     # Margins of 0 ask for nothing
     values = {name: value for name, value in values.items() if name not in MARGINS or value}
     read = [read_image("image", upload.data) for upload in images]

@@ -173,7 +173,7 @@ def test_the_javascript_client_draws_edits_and_streams(address, tmp_path: Path):
     assert found["error"] == ["BadRequestError", 400, "size", "invalid_value", "invalid_request_error"]
 
 
-def test_unknown_words_are_told_and_refused_if_asked(address):
+def test_unknown_words_are_told_and_refused_if_asked(address, caplog):
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     answer = client.images.generate(prompt="a round cirkle", extra_body=FEW)
     assert answer.unknown_words == [
@@ -184,6 +184,7 @@ def test_unknown_words_are_told_and_refused_if_asked(address):
         client.images.generate(prompt="a round cirkle", extra_body=FEW | {"strict": True})
     assert caught.value.param == "prompt"
     assert client.images.generate(prompt="a round circle", extra_body=FEW | {"strict": True}).data
+    assert "round" not in caplog.text and "cirkle" not in caplog.text  # prompts are not for the log
     # Without drawing
     found = client.post("/texts", body={"texts": ["red zebra", "blue"]}, cast_to=dict)
     assert found["knows_words"] is True
@@ -198,6 +199,8 @@ def test_settings_without_effect_are_told(address):
         prompt="red", extra_body=FEW | {"negative_prompt": "blue", "prior_guidance_scale": 1, "safety_identifier": "me"}
     )
     assert answer.notes == ["negative_prompt has no effect: it guides the prior, which is not guided or not used here"]
+    cut = client.images.generate(prompt="red " * 200, extra_body=FEW)
+    assert "longer than" in cut.notes[0] and "this was cut" in cut.notes[0]
     assert answer.safety_identifier == "me" and answer.timings["total_seconds"] > 0
 
 

@@ -149,6 +149,7 @@ CLEAR, FULL = encode((0, 0, 0, 0), mode="RGBA"), encode((0, 0, 0, 255), mode="RG
         ("generations", {"prompt": "a", "texts": ["b"], "negative_prompt": "c"}, [], None, "negative_prompt", "a mix"),
         ("generations", {"prompt": "a", "n": 11}, [], None, "n", "at most 10"),
         ("edits", {"prompt": "a"}, [], None, "image", "missing"),
+        ("edits", {"prompt": "a"}, [RED] * 17, None, "image", "at most 16 files, got 17"),
         ("edits", {}, [RED], None, "prompt", "missing"),
         ("edits", {"prompt": "a"}, [Upload("a", b"text")], None, "image", "cannot be read"),
         ("edits", {"prompt": "a"}, [RED], RED, "mask", "no transparency.*mask_mode=white"),
