@@ -3,6 +3,7 @@
 # make test   install, then run the tests: five minutes on two cores
 # make test-all every test but the full sweep of faults and test-deploy: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
+# make docs build the site of the documents in build/site, offline; a broken link stops it
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   load tests of `t2i serve`, the longest for ten minutes: a table of what was wanted and measured
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-all test-deploy lint format faults gallery bench soak clean
+.PHONY: demo serve test test-all test-deploy lint format faults docs gallery bench soak clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
@@ -45,6 +46,9 @@ faults: $(VENV)/installed
 	@mkdir -p build && rm -f build/faults.jsonl
 	T2I_FAULTS=$(CURDIR)/build/faults.jsonl $(BIN)/python -m pytest tests/faults -m ""; status=$$?; \
 	$(BIN)/python tests/faults/table.py build/faults.jsonl; exit $$status
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/build_site.py build
 
 gallery: $(VENV)/installed
 	$(BIN)/python docs/gallery.py

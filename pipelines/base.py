@@ -37,7 +37,7 @@ from t2i.files.known_words import UnknownWord
 from t2i.files.model_folder import load_or_explain
 from t2i.files.untrusted import is_folder
 from t2i.interop.fetching import fetch_model_folder
-from t2i.interop.folders import replace_old_modules
+from t2i.interop.folders import normalize_index
 from t2i.interop.stored import check_dtype, has_bf16
 from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
@@ -176,9 +176,9 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return the index that diffusers loads components by, with the modules of today."""
+        """Return the index that diffusers loads components by, which names no code of the folder."""
         config = super().load_config(*args, **kwargs)
-        return replace_old_modules(config) if isinstance(config, dict) else config
+        return normalize_index(config) if isinstance(config, dict) else config
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write the index. Beside public models, which do not store which CLIP is theirs, it has the fingerprint."""

@@ -310,13 +310,16 @@ def assemble(
     decoder: Annotated[str | None, option("Decoder's folder.", "RUNS/decoder")] = None,
     upsampler: Annotated[str | None, option("Folder of a trained upsampler.", "no upsampler")] = None,
     fp16: Annotated[bool, option("Write half-precision weights, which halves the size.", None, "--fp16")] = False,
+    license: Annotated[str, option("For the model card: the hub's name of a licence, such as apache-2.0.")] = "unknown",
+    dataset: Annotated[list[str] | None, option("For the model card: data set on the hub. Repeatable.", "none")] = None,
 ) -> None:
-    """Assemble trained stages into one pipeline folder, and print its path."""
+    """Assemble trained stages into one pipeline folder with a model card, and print its path."""
     from t2i.pipelines.jobs.assemble import assemble_pipeline_folder
+    from t2i.pipelines.jobs.model_card import CardFacts
 
     parts = {"clip": clip, "autoencoder": autoencoder, "prior": prior, "decoder": decoder, "upsampler": upsampler}
     with Progress("assembling"):
-        path = assemble_pipeline_folder(runs, folder, fp16, **parts)
+        path = assemble_pipeline_folder(runs, folder, fp16, CardFacts(license, tuple(dataset or ())), **parts)
     print_line(path)
 
 

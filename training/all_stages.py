@@ -15,15 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from t2i.pipelines.jobs.assemble import assemble_pipeline
+from t2i.pipelines.jobs.assemble import write_pipeline_folder
 
 from t2i.config import load_config
 from t2i.data.freshness import find_changes
 from t2i.data.manifest import find_manifest, open_manifest
 from t2i.data.report import sanitize_text
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError
-from t2i.files.atomic import compute_file_sha256, create_folder_atomically, write_json_file
+from t2i.files.atomic import compute_file_sha256, write_json_file
 from t2i.files.model_folder import read_model_class
+from t2i.files.publishing import CARD_FILE
 from t2i.files.untrusted import read_json
 from t2i.runtime.launch import build_torchrun_command
 from t2i.terminal import print_note
@@ -141,6 +142,11 @@ def find_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def find_model_files(folder: Path) -> list[Path]:
+    """Return the files of a pipeline, without its card, which people edit."""
+    return [path for path in find_files(folder) if path.name != CARD_FILE]
+
+
 def hash_files(files: list[Path]) -> str:
     """Return a hash of the names and contents of files; a missing file changes it too."""
     hasher = hashlib.sha256()
@@ -184,16 +190,14 @@ class Trainer:
     def assemble_pipeline(self) -> int:
         """Write the pipeline folder, whole or not at all, if a stage has changed. Returns the exit status, 0."""
         folder, inputs = self.run.pipeline_folder, self.run.hash_inputs(None)
-        if self.is_stage_done(PIPELINE_NAME, inputs, find_files(folder)):
+        if self.is_stage_done(PIPELINE_NAME, inputs, find_model_files(folder)):
             self.print_stage_status(PIPELINE_NAME, f"done, {folder}")
         else:
             self.print_stage_status(PIPELINE_NAME, f"assembles the stages in {folder}")
             # The decoder's configuration names the models that were not trained here
             decoder = self.run["decoder"]
-            pipeline = assemble_pipeline(self.run.folder, clip=decoder.clip, autoencoder=decoder.autoencoder)
-            with create_folder_atomically(folder) as unfinished:
-                pipeline.save_pretrained(unfinished)
-            self.record_stage_done(PIPELINE_NAME, inputs, find_files(folder))
+            write_pipeline_folder(self.run.folder, folder, clip=decoder.clip, autoencoder=decoder.autoencoder)
+            self.record_stage_done(PIPELINE_NAME, inputs, find_model_files(folder))
         # A command to draw with, for the first caption of the data
         example = next(open_manifest(self.run["prior"].data.path).iterate_rows("captions"))
         caption = shlex.quote(sanitize_text(example["captions"][0]))

@@ -1,7 +1,9 @@
 """Components of a pipeline, with one check wherever they enter: construction, loading, `from_pipe`, assignment."""
 
+import json
 from collections.abc import Collection, Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,8 +12,16 @@ from t2i.pipelines.calls.aliases import alias_component, resolve_aliases
 from t2i.pipelines.calls.offload import DiskOffloading
 from t2i.pipelines.folder import COMPONENT_CLASSES, SCHEDULED_MODELS, check_pairs, check_parts, check_schedules
 
+import t2i
 from t2i.diffusion.samplers import remember_training
 from t2i.errors import InputError
+from t2i.files.untrusted import DIFFUSERS_CODE
+
+CODE_TEMPLATE = """\
+# For diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). It needs the package t2i.
+
+from t2i import {name}  # noqa: F401
+"""
 
 
 class CheckedPipeline(DiskOffloading):
@@ -58,6 +68,17 @@ class CheckedPipeline(DiskOffloading):
             scheduler = f"{model}_scheduler"
             if model not in given and scheduler not in given:
                 remember_training(getattr(self, model, None), getattr(self, scheduler, None))
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write the index, and beside it the code by which diffusers' `DiffusionPipeline` finds this class."""
+        super().to_json_file(json_file_path)
+        path = Path(json_file_path)
+        # A subclass of the user's is saved as what it is a kind of
+        public = (base.__name__ for base in type(self).__mro__ if base.__name__ in t2i.__all__)
+        if name := next(public, None):
+            index = json.loads(path.read_text()) | {"_class_name": [Path(DIFFUSERS_CODE).stem, name]}
+            path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            path.with_name(DIFFUSERS_CODE).write_text(CODE_TEMPLATE.format(name=name))
 
     @classmethod
     def list_component_names(cls) -> list[str]:

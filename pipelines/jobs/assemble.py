@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from t2i.pipelines.folder import COMPONENT_CLASSES
+from t2i.pipelines.jobs.model_card import CardFacts, write_model_card
 from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i import STAGES
@@ -18,6 +19,16 @@ from t2i.networks.upsampler import Upsampler
 from t2i.sampling.embeddings import load_prior
 
 
+def find_stage_places(runs: str | Path, **folders: str | None) -> dict[str, str | Path]:
+    """Return the folder or the public name of each stage; see `assemble_pipeline`."""
+    places = {stage: folders.get(stage) or Path(runs) / stage for stage in STAGES}
+    for stage, host in (("autoencoder", "decoder"), ("clip", "prior")):
+        inner = Path(places[host]) / stage
+        if not folders.get(stage) and is_folder(inner):
+            places[stage] = inner
+    return places
+
+
 def assemble_pipeline(runs: str | Path, upsampler: str | None = None, **folders: str | None) -> Text2ImagePipeline:
     """Return the pipeline of the stages trained in `runs/clip`, `runs/autoencoder`, `runs/prior` and `runs/decoder`.
 
@@ -30,41 +41,47 @@ def assemble_pipeline(runs: str | Path, upsampler: str | None = None, **folders:
     A text encoder is taken from the decoder's folder. The folder of a converted prior or decoder may also hold the CLIP
     or the autoencoder that belongs to it.
     """
-    # Find the stages
-    locations = {stage: folders.get(stage) or Path(runs) / stage for stage in STAGES}
-    for stage, host in (("autoencoder", "decoder"), ("clip", "prior")):
-        inner = Path(locations[host]) / stage
-        if not folders.get(stage) and is_folder(inner):
-            locations[stage] = inner
-
-    # Load them
-    prior, prior_scheduler = load_prior(locations["prior"])
-    decoder = Path(locations["decoder"])
+    places = find_stage_places(runs, **folders)
+    prior, prior_scheduler = load_prior(places["prior"])
+    decoder = Path(places["decoder"])
     text_encoder = find_text_encoder_folder(decoder)
     return Text2ImagePipeline(
-        clip=load_clip(locations["clip"]),
+        clip=load_clip(places["clip"]),
         prior=prior,
         prior_scheduler=prior_scheduler,
         decoder=load_model(COMPONENT_CLASSES["decoder"], decoder),
         decoder_scheduler=load_scheduler(decoder / "scheduler"),
-        autoencoder=load_autoencoder(locations["autoencoder"], COMPONENT_CLASSES["autoencoder"]),
+        autoencoder=load_autoencoder(places["autoencoder"], COMPONENT_CLASSES["autoencoder"]),
         upsampler=None if upsampler is None else load_model(Upsampler, upsampler),
         upsampler_scheduler=None if upsampler is None else load_scheduler(Path(upsampler) / "scheduler"),
         text_encoder=None if text_encoder is None else load_text_encoder(text_encoder),
     )
 
 
-def assemble_pipeline_folder(runs: str | Path, folder: str | Path, fp16: bool = False, **folders: str | None) -> Path:
-    """Write the pipeline of `assemble_pipeline` as a new folder, complete or not at all, and return its path."""
-    folder = Path(folder)
-    if folder.exists():
-        raise InputError(f"{str(folder)!r} exists; give a new folder")
-    check_folder_name("the new folder", folder)
+def write_pipeline_folder(
+    runs: str | Path, folder: Path, fp16: bool = False, facts: CardFacts | None = None, **folders: str | None
+) -> None:
+    """Write the pipeline of `assemble_pipeline` with its model card, complete or not at all, also over an older one."""
     pipeline = assemble_pipeline(runs, **folders)
     if fp16:
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 component.half()
+    places = find_stage_places(runs, **folders)
+    if upsampler := folders.get("upsampler"):
+        places["upsampler"] = upsampler
     with create_folder_atomically(folder) as unfinished:
         pipeline.save_pretrained(unfinished)
+        write_model_card(unfinished, folder.name, pipeline, places, facts or CardFacts())
+
+
+def assemble_pipeline_folder(
+    runs: str | Path, folder: str | Path, fp16: bool = False, facts: CardFacts | None = None, **folders: str | None
+) -> Path:
+    """Write the pipeline of `assemble_pipeline` as a new folder, complete or not at all, and return its path."""
+    folder = Path(folder)
+    if folder.exists():
+        raise InputError(f"{str(folder)!r} exists; give a new folder")
+    check_folder_name("the new folder", folder)
+    write_pipeline_folder(runs, folder, fp16, facts, **folders)
     return folder

@@ -1,4 +1,4 @@
-"""Commands between this project's files and those of others: `t2i convert` and `t2i parity`."""
+"""Commands between this project's files and those of others: `t2i convert`, `t2i parity` and `t2i push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -69,6 +69,39 @@ def convert(
     with show_loading(source, "converting"):
         folder = convert_folder(source, out, to, prior, variant, fp16, clip)
     print_line(folder)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, argument("Folder of the model, with its card README.md.")],
+    repository: Annotated[str, argument("Name on the hub: ORGANISATION/NAME, or USER/NAME.")],
+    public: Annotated[
+        bool, option("Let everyone see it. A new repository is private otherwise.", None, "--public")
+    ] = False,
+    dry_run: Annotated[bool, option("Print what would be sent, and send nothing.", None, "--dry-run")] = False,
+) -> None:
+    """Publish a model folder on the hub of Hugging Face, and print its address.
+
+    The token is that of `hf auth login`, or of the variable HF_TOKEN. The front matter of the card must have license,
+    library_name, pipeline_tag and tags. Pickles, code, states of optimizers, links out of the folder and texts with
+    passwords are refused before anything is sent. Hidden files are left out.
+    """
+    from t2i.pipelines.jobs.push import plan_upload, push_folder
+
+    upload = plan_upload(folder, repository)
+    sizes = upload.list_sizes()
+    if dry_run:
+        for name, size in sizes.items():
+            print_line(f"{size:>15,}  {name}")
+        for path in upload.hidden:
+            print_line(f"{'left out':>15}  {path.relative_to(folder).as_posix()}")
+    what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes, to {repository}, {'public' if public else 'private'}"
+    if dry_run:
+        print_line(f"{what}; nothing was sent")
+        return
+    with Progress(f"sending {what}"):
+        address = push_folder(upload, public)
+    print_line(address)
 
 
 @app.command()

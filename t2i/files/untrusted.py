@@ -34,6 +34,7 @@ CODE_KEYS = ("auto_map", "custom_pipeline", "quantization_config", "trust_remote
 SIGNED_KEYS = ("init_logit_bias",)  # integers that may be negative
 FLOAT_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 DIFFUSERS_STEM = "diffusion_pytorch_model"  # of the names of weight files in diffusers
+DIFFUSERS_CODE = "pipeline.py"  # beside a model_index.json: code that diffusers runs if told to, and nothing here reads
 STAND_IN_BYTES = 64  # first bytes of a file that tell whether it stands in for another
 # First bytes of files that are often found in the place of others: what they are, and what helps
 STAND_INS = {
@@ -156,11 +157,15 @@ def check_config_values(value: Any, path: Path, largest: int, key: str = "", dep
 
 
 def check_folder_files(folder: Path, root: Path | None = None) -> None:
-    """Raise InputError for a folder with code in it, or with a link out of `root` (default: the folder itself)."""
+    """Raise InputError for a folder with code in it, or with a link out of `root` (default: the folder itself).
+
+    A pipeline may have a `pipeline.py`, which is for diffusers and never run here.
+    """
     root = root or folder
+    ignored = DIFFUSERS_CODE if (folder / "model_index.json").is_file() else None
     for path in (folder, *sorted(folder.iterdir())):
         check_link_target(path, root)
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.name != ignored:
             raise InputError(f"{str(path)!r} is code; only this project's own code is run")
 
 

@@ -16,7 +16,7 @@ from t2i.diffusion.stored_schedulers import check_scheduler_folder
 from t2i.errors import InputError
 from t2i.files.component import Component
 from t2i.files.model_folder import load_or_explain
-from t2i.files.untrusted import check_folder_files, is_folder, read_config
+from t2i.files.untrusted import DIFFUSERS_CODE, check_folder_files, is_folder, read_config
 from t2i.interop.layouts import KNOWN_LIBRARIES, LAYOUTS, LAYOUTS_BY_CLASS, PART_CLASSES, PublicLayout, get_weight_stem
 
 logger = logging.getLogger(__name__)
@@ -37,12 +37,18 @@ OLD_MODULES = {
 PUBLIC_MODULES = ("t2i.networks.public.", "t2i.networks.dalle2.")
 
 
-def replace_old_modules(index: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a model_index.json with the modules of today."""
+def normalize_index(index: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a model_index.json with the modules of today, and its own class by its name alone.
+
+    The name of a class comes with that of a module where diffusers shall run the folder's `pipeline.py`.
+    """
     replaced = dict(index)
     for name, entry in index.items():
         if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
             replaced[name] = [OLD_MODULES.get(entry[0], entry[0]), entry[1]]
+    match index.get("_class_name"):
+        case [str(module), str(own)] if f"{module}.py" == DIFFUSERS_CODE and own not in LAYOUTS_BY_CLASS:
+            replaced["_class_name"] = own
     return replaced
 
 
@@ -66,9 +72,9 @@ class SourceFolder:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The content of model_index.json, with the modules of today; empty without the file."""
+        """The content of model_index.json, normalised; empty without the file."""
         path = self.path / "model_index.json"
-        return replace_old_modules(read_config(path)) if path.is_file() else {}
+        return normalize_index(read_config(path)) if path.is_file() else {}
 
     @cached_property
     def class_name(self) -> Any:

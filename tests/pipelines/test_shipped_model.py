@@ -22,6 +22,7 @@ def pipeline():
 def test_its_folder_is_pinned_and_at_most_48_megabytes():
     index = json.loads((FOLDER / "model_index.json").read_text())
     assert {name: entry for name, entry in index.items() if isinstance(entry, list)} == {
+        "_class_name": ["pipeline", "Text2ImagePipeline"],  # for diffusers
         "autoencoder": ["t2i.networks.autoencoder", "Autoencoder"],
         "clip": ["t2i.networks.clip", "CLIP"],
         "decoder": ["t2i.networks.unet_decoder", "UNetDecoder"],
@@ -31,7 +32,8 @@ def test_its_folder_is_pinned_and_at_most_48_megabytes():
     }
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 48_000_000
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".py"}
+    assert [path.name for path in files if path.suffix == ".py"] == ["pipeline.py"]
 
 
 @pytest.mark.parametrize(
