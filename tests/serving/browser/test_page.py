@@ -133,7 +133,7 @@ def test_unknown_words_are_underlined_and_bad_settings_are_explained(visit):
     visit.page.get_by_label("Prompt", exact=True).fill("a cat")
     visit.page.keyboard.press("Enter")
     visit.page.locator(".card.failed").wait_for()
-    assert "size" in visit.page.locator(".card .status-text").inner_text()
+    assert "must be a multiple of 32, got 40" in visit.page.locator(".card .status-text").inner_text()
     visit.errors = [error for error in visit.errors if "status of 400" not in error]
 
 
