@@ -296,8 +296,9 @@ def cache(
     """
     from t2i.config import load_config
     from t2i.training import cache_data
+    from t2i.training.common.entry import start_training
 
-    cache_data.main(load_config(cache_data.Config, "cache", arguments or []))
+    start_training(cache_data.main, load_config(cache_data.Config, "cache", arguments or []))
 
 
 @app.command()

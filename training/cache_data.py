@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from t2i.training.common.cache_freshness import (
     digest_stored_files,
 )
 from t2i.training.common.captions import find_cut_captions, print_cut_captions
+from t2i.training.common.effects import CACHE_CASES, IdleCases
 from t2i.training.common.encodings import encode_tokens
 from t2i.training.common.entry import run
 from t2i.training.common.loop import build_accelerator
@@ -80,6 +81,7 @@ class Config:
     dtype: str = "float16"  # of latents and token states; or float32, which embeddings always are
     mixed_precision: str = "no"  # or as in training: fp16, bf16 or auto
     data: DataConfig = field(default_factory=DataConfig)
+    idle: ClassVar[IdleCases] = CACHE_CASES
 
     def __post_init__(self) -> None:
         if self.mixed_precision == "False":  # YAML 1.1 reads a bare `no` as false

@@ -8,11 +8,20 @@ docs/explanation/autoencoder.md compares both.
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
+from t2i.training.common.effects import (
+    CAPTION_SETTINGS,
+    COMMON,
+    UNREAD_CAPTIONS,
+    IdleCases,
+    exclude_setting,
+    list_preview_cases,
+    require_setting,
+)
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Critic, Stage, build_accelerator, fit
@@ -40,6 +49,9 @@ from t2i.networks.perceptual import PerceptualDistance
 MAX_MEASURED_IMAGES = 4096  # images encoded for the mean and std of the latents
 
 
+NO_CRITIC = require_setting("adversarial_weight")
+
+
 @dataclass
 class Config:
     model: dict[str, Any] = field(default_factory=dict)  # arguments of t2i.networks.autoencoder.Autoencoder
@@ -59,6 +71,16 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
+    idle: ClassVar[IdleCases] = {
+        **COMMON,
+        **list_preview_cases(count=()),
+        **dict.fromkeys(CAPTION_SETTINGS, (UNREAD_CAPTIONS,)),
+        "kl_weight": (exclude_setting("freeze_encoder"),),
+        "perceptual_clip": (require_setting("perceptual_weight"),),
+        "adversarial_fixed": (NO_CRITIC,),
+        "adversarial_start": (NO_CRITIC,),
+        "discriminator": (NO_CRITIC,),
+    }
 
     def __post_init__(self) -> None:
         check_fields(self, kl_weight=(0, 1e6), perceptual_weight=(0, 1e6), adversarial_weight=(0, 1e6))

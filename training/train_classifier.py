@@ -8,11 +8,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from t2i.training.common.effects import CAPTION_SETTINGS, COMMON, UNREAD_CAPTIONS, Idle, IdleCases
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.loop import Stage, build_accelerator, fit
@@ -42,6 +43,11 @@ class Config:
     embedding_weight: float = 1.0  # of 1 - cosine to z_i, added to the cross-entropy; 0 trains the classes alone
     data: DataConfig = field(default_factory=DataConfig)  # with labels.parquet beside the manifest
     train: TrainConfig = field(default_factory=TrainConfig)
+    idle: ClassVar[IdleCases] = {
+        **COMMON,
+        **dict.fromkeys(CAPTION_SETTINGS, (UNREAD_CAPTIONS,)),
+        "train.sample_every": (Idle(": this stage draws no previews"),),
+    }
 
     def __post_init__(self) -> None:
         check_fields(self, embedding_weight=(0, 1000))

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DistributedType
 from open_clip import ClipLoss
 from PIL.Image import Image
 from t2i.training.common.captions import find_cut_captions, print_cut_captions
+from t2i.training.common.effects import COMMON, IdleCases, list_preview_cases
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
@@ -49,6 +50,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
+    idle: ClassVar[IdleCases] = {**COMMON, **list_preview_cases(count=())}
 
     def __post_init__(self) -> None:
         if unknown := set(self.preprocess) - {"size", "mean", "std", *DEFAULT_RESIZING}:

@@ -9,12 +9,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SchedulerMixin
 from t2i.training.common.cache_freshness import read_stored_fingerprint
 from t2i.training.common.captions import print_cut_captions
+from t2i.training.common.effects import (
+    CAPTION_SETTINGS,
+    COMMON,
+    WEIGHTED_LOSS,
+    IdleCases,
+    exclude_setting,
+    list_preview_cases,
+    require_setting,
+)
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
@@ -42,6 +51,9 @@ from t2i.networks.text_encoder import DTYPES, MAX_TOKENS, TextEncoder
 from t2i.networks.unet_decoder import UNetDecoder
 
 ARCHITECTURES = {"transformer": Decoder, "unet": UNetDecoder}
+
+PRIOR_PREVIEW_SETTINGS = ("prompts", "prior_num_inference_steps", "prior_guidance_scale", "prior_candidates")
+NO_CAPTIONS = require_setting("reads_captions")
 
 
 @dataclass
@@ -74,6 +86,18 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
+    idle: ClassVar[IdleCases] = {
+        **COMMON,
+        **WEIGHTED_LOSS,
+        **list_preview_cases(
+            **dict.fromkeys(("count", "seed", "prior", "num_inference_steps", "guidance_scale"), ()),
+            **dict.fromkeys(PRIOR_PREVIEW_SETTINGS, (require_setting("sample.prior"),)),
+        ),
+        **dict.fromkeys((*CAPTION_SETTINGS, "caption_dropout"), (NO_CAPTIONS,)),
+        "architecture": (exclude_setting("init"),),
+        "text_encoder_tokens": (require_setting("text_encoder"),),
+        "text_encoder_dtype": (require_setting("text_encoder"),),
+    }
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))

@@ -9,12 +9,21 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from t2i.training.common.captions import print_cut_captions
+from t2i.training.common.effects import (
+    COMMON,
+    WEIGHTED_LOSS,
+    Idle,
+    IdleCases,
+    exclude_setting,
+    list_preview_cases,
+    require_setting,
+)
 from t2i.training.common.encodings import EncodingSource, open_encodings
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import prepare_init_model, resolve_init_scheduler
@@ -69,6 +78,9 @@ PUBLIC_ARCHITECTURES = ("diffusion", "eclipse")
 CONTRASTIVE_WEIGHT = 0.2  # of ECLIPSE's loss, where none is given
 CONTRASTIVE_TEMPERATURE = 0.07  # of the cosines in ECLIPSE's loss; CLIP's before training
 
+ONE_PASS = Idle(": this prior does not denoise in steps", lambda config: config.architecture != "diffusion")
+ONE_ANSWER = Idle(": this prior has one answer to a text", lambda config: config.architecture in REGRESSION_KINDS)
+
 
 @dataclass
 class Config:
@@ -101,6 +113,17 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)  # previews, every train.sample_every steps
+    idle: ClassVar[IdleCases] = {
+        **COMMON,
+        **WEIGHTED_LOSS,
+        **list_preview_cases(
+            **dict.fromkeys(("count", "prompts", "seed", "decoder", "autoencoder"), ()),
+            **dict.fromkeys(("num_inference_steps", "guidance_scale"), (require_setting("sample.decoder"),)),
+            prior_num_inference_steps=(ONE_PASS,),
+            **dict.fromkeys(("prior_guidance_scale", "prior_candidates"), (ONE_ANSWER,)),
+        ),
+        "explained_variance": (exclude_setting("init"), exclude_setting("model.components")),
+    }
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))

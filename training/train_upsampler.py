@@ -8,12 +8,21 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 from PIL.Image import Image
+from t2i.training.common.effects import (
+    CAPTION_SETTINGS,
+    COMMON,
+    UNREAD_CAPTIONS,
+    WEIGHTED_LOSS,
+    IdleCases,
+    list_preview_cases,
+    require_setting,
+)
 from t2i.training.common.entry import run
 from t2i.training.common.finetuning import check_prediction_type, prepare_init_model
 from t2i.training.common.loop import Stage, build_accelerator, fit
@@ -67,6 +76,15 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=lambda: SampleConfig(num_inference_steps=8))  # count, seed, steps
+    idle: ClassVar[IdleCases] = {
+        **COMMON,
+        **WEIGHTED_LOSS,
+        **list_preview_cases(count=(), seed=(), num_inference_steps=()),
+        **dict.fromkeys(CAPTION_SETTINGS, (UNREAD_CAPTIONS,)),
+        "embedding_dropout": (require_setting("cache"),),
+        "blur_probability": (require_setting("max_blur"),),
+        "max_blur": (require_setting("blur_probability"),),
+    }
 
     def __post_init__(self) -> None:
         check_fields(self, crop_size=(8, self.data.image_size), embedding_dropout=(0, 1), blur_probability=(0, 1))

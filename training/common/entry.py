@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from omegaconf import OmegaConf
+from t2i.training.common.effects import warn_of_idle_settings
 
 from t2i.config import load_config
 from t2i.errors import report_errors
@@ -26,7 +27,9 @@ def start_training(main: Callable[[Config], None], config: Config) -> None:
     """Run a stage's `main`; before a dry run, print the whole configuration."""
     ignore_leftover_ranks()
     training = getattr(config, "train", None)  # cache_data.py has none
-    if training is not None and training.dry_run and os.environ.get("RANK", "0") == "0":
-        print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        if training is not None and training.dry_run:
+            print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(), flush=True)
+        warn_of_idle_settings(config)
     main(config)
     end_process_group()

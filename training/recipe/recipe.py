@@ -221,6 +221,7 @@ def choose_data_settings(
     """Choose the values of `data`, and give reasons. step: of the sides of buckets, which the models need."""
     workers, why_workers = choose_workers(facts, device)
     buckets, why_buckets = choose_buckets(facts, side, step)
+    step = step if buckets else DataConfig.bucket_step  # which has no effect then
     data = {"path": facts.path, "image_size": side, "num_workers": workers, "buckets": buckets, "bucket_step": step}
     return data, {"num_workers": why_workers, "buckets": why_buckets}
 
