@@ -126,8 +126,10 @@ def main(config: Config) -> None:
             with create_file_atomically(folder / "config.yaml") as unfinished:
                 unfinished.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
             write_json_file(folder / "key.json", key)
-            for line in datasets["train"].format_shape_lines():
+            crops = {split: dataset.format_left_out_lines() for split, dataset in datasets.items()}
+            for line in datasets["train"].format_shape_lines() + crops.get("held_out", []):
                 print_line(line)
+            crops["train"] = datasets["train"].format_crop_lines()
             most = max(count_max_captions(dataset) for dataset in datasets.values())
             if (config.text or config.text_encoder) and most > config.variations:
                 count = config.variations
@@ -147,7 +149,7 @@ def main(config: Config) -> None:
             counts = {split: sum(shard.split == split for shard in shards) for split in datasets}
             models = {name: None if facts is None else asdict(facts) for name, facts in encoder.facts.items()}
             training = [shard.build_path(folder) for shard in shards if shard.split == "train"]
-            found = {**models, "cut_captions": cut}
+            found = {**models, "cut_captions": cut, "crop_lines": crops}
             finish_cache(folder, key, found, encoder.compute_shared_tensors(datasets, training), counts)
             pictures = ", ".join(f"{len(dataset)} images of {split}" for split, dataset in datasets.items())
             print_line(f"{folder}: {pictures}; {sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB")

@@ -70,6 +70,9 @@ class LabelledDataset(SampleDataset):
     def format_shape_lines(self, step_size: int = 0) -> list[str]:
         return self.dataset.format_shape_lines(step_size)
 
+    def format_left_out_lines(self) -> list[str]:
+        return self.dataset.format_left_out_lines()
+
     def __getitems__(self, keys: list[SampleIndex]) -> Batch:
         batch = self.dataset.__getitems__(keys)
         # By `batch.index`: the samples that were read may replace bad ones among `keys`.

@@ -109,6 +109,8 @@ class CachedPairs(SampleDataset):
         self.autoencoder_facts = finished["autoencoder"] and AutoencoderFacts(**finished["autoencoder"])
         self.shard_size, self.variations = int(self.made_from["shard_size"]), int(self.made_from["variations"])
         self.cut_captions: dict[str, str | None] = dict(finished.get("cut_captions") or {})  # lines by encodings
+        # Lines about crops and images that are left out, of when the cache was made
+        self.crop_lines: list[str] = (finished.get("crop_lines") or {}).get(split, [])
         self.text_encoder_facts = finished.get("text_encoder") and TextEncoderFacts(**finished["text_encoder"])
         self.latents = self.latents and self.autoencoder_facts is not None
         self.tokens = self.tokens and self.text_encoder_facts is not None
@@ -140,8 +142,11 @@ class CachedPairs(SampleDataset):
 
     def format_shape_lines(self, step_size: int = 0) -> list[str]:
         if self.latent_shapes is None or self.autoencoder_facts is None:
-            return []
-        return [self.latent_shapes.format_line(self.autoencoder_facts.factor, step_size)]
+            return self.crop_lines
+        return [self.latent_shapes.format_line(self.autoencoder_facts.factor, step_size), *self.crop_lines]
+
+    def format_left_out_lines(self) -> list[str]:
+        return self.crop_lines
 
     def __len__(self) -> int:
         return self.size

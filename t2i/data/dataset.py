@@ -104,6 +104,10 @@ class SampleDataset(Dataset[Batch], ABC):
         """Return lines about the shapes of the images. step_size: images of a step, which have one shape."""
         return []
 
+    def format_left_out_lines(self) -> list[str]:
+        """Return a line about images that are left out because of their shape, or none."""
+        return []
+
 
 class CaptionedPictures(SampleDataset):
     """The samples of a split of a manifest. Indexed by (index, draw): `draw` chooses the caption's variation."""
@@ -114,7 +118,7 @@ class CaptionedPictures(SampleDataset):
         Only the training split is cropped at random and mirrored. Raises InputError if `max_crop` leaves no sample.
         """
         self.manifest = open_manifest(config.path, split) if manifest is None else manifest
-        self.config = config
+        self.config, self.split = config, split
         self.mix = CaptionMix.read(config.keyword_alone, config.in_sentence, config.sentences)
         self.reads_images = True  # False: batches have captions alone, for images that a cache encoded before
         self.framing = Framing(config.crop, config.flip) if split == "train" else Framing()
@@ -153,13 +157,20 @@ class CaptionedPictures(SampleDataset):
 
     def format_shape_lines(self, step_size: int = 0) -> list[str]:
         """Return lines about the shapes of the images, what crops take from them, and how many are left out."""
-        lines, for_clip, seen = [], self.framing.for_clip, self.framing.seen
-        if self.left_out:
-            count = len(self) + self.left_out
-            lines.append(f"data.max_crop={self.config.max_crop:g} leaves out {self.left_out:,} of {count:,} images")
-        if self.config.buckets and not for_clip:
-            steps = 0 if self.buckets is None else step_size
-            lines.append(format_shapes_line(self.shapes, self.shape_numbers, steps))
+        if not self.config.buckets or self.framing.for_clip:
+            return self.format_crop_lines()
+        steps = 0 if self.buckets is None else step_size
+        return [format_shapes_line(self.shapes, self.shape_numbers, steps), *self.format_crop_lines()]
+
+    def format_left_out_lines(self) -> list[str]:
+        if not self.left_out:
+            return []
+        count, images = len(self) + self.left_out, "held-out images" if self.split == "held_out" else "images"
+        return [f"data.max_crop={self.config.max_crop:g} leaves out {self.left_out:,} of {count:,} {images}"]
+
+    def format_crop_lines(self) -> list[str]:
+        """Return lines about what crops take from the images, and how many are left out."""
+        lines, for_clip, seen = self.format_left_out_lines(), self.framing.for_clip, self.framing.seen
         if not for_clip:
             lines += format_losses(self.lost, "" if self.config.buckets else "; data.buckets=true keeps shapes")
         # Without buckets both models see the same square

@@ -107,14 +107,20 @@ def choose_fixed_samples(dataset: SampleDataset, config: TrainConfig) -> np.ndar
     return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).numpy()[: config.validation_samples]
 
 
-def format_validation_line(dataset: SampleDataset, config: TrainConfig, world: int) -> str:
-    """Return a line about shapes that validation leaves out, for they have fewer images than processes, or ""."""
+def format_validation_lines(dataset: SampleDataset | None, config: TrainConfig, world: int) -> list[str]:
+    """Return lines about held-out images that are left out: by their shapes, and because shapes are too rare.
+
+    A shape needs as many images as there are processes. Without a held-out split there are no lines.
+    """
+    if dataset is None:
+        return []
+    lines = dataset.format_left_out_lines()
     if dataset.buckets is None:
-        return ""
+        return lines
     used = [dataset.buckets[keys[0][0]] for keys in plan_fixed_batches(dataset, config, world)]
     count = np.isin(dataset.buckets[choose_fixed_samples(dataset, config)], used, invert=True).sum()
     what = f"validation leaves out {count:,} images, of shapes with fewer held-out images than the {world} processes"
-    return what if count else ""
+    return [*lines, what] if count else lines
 
 
 @contextmanager

@@ -8,10 +8,11 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from t2i.config import DataConfig
+from t2i.config import DataConfig, TrainConfig
 from t2i.data import CaptionedPictures, iterate_batches, to_tensor
 from t2i.data.dataset import open_datasets
 from t2i.data.framing import Framing, cut_image, is_flipped
+from t2i.data.loading import format_validation_lines
 from t2i.data.pictures import Resizing
 from t2i.errors import InputError
 from t2i.networks.clip import CLIP
@@ -187,6 +188,11 @@ def test_pictures_that_would_lose_too_much_can_be_left_out(mixed):
     assert "more than 20% of 2 of 20" in whole.format_shape_lines()[1]
     squares = CaptionedPictures(DataConfig(str(mixed), 32, 0, max_crop=0.3))
     assert len(squares) == 5 and "data.max_crop=0.3 leaves out 15 of 20 images" in squares.format_shape_lines()
+    held_out = CaptionedPictures(DataConfig(str(mixed), 32, 0, max_crop=0.3), "held_out", manifest=whole.manifest)
+    line = "data.max_crop=0.3 leaves out 15 of 20 held-out images"
+    assert held_out.format_left_out_lines() == [line]
+    assert format_validation_lines(held_out, TrainConfig(), 1) == [line]
+    assert format_validation_lines(None, TrainConfig(), 1) == []
     wide = whole.manifest.select_rows(whole.lost > 0.5)
     with pytest.raises(InputError, match="data.max_crop=0.5 leaves out all images"):
         CaptionedPictures(replace(config, max_crop=0.5), manifest=wide)

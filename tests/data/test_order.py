@@ -8,7 +8,7 @@ import pytest
 
 from t2i.config import TrainConfig
 from t2i.data.dataset import SampleDataset
-from t2i.data.loading import EndlessBatchSampler, format_validation_line, iterate_fixed_batches, plan_fixed_batches
+from t2i.data.loading import EndlessBatchSampler, format_validation_lines, iterate_fixed_batches, plan_fixed_batches
 from t2i.data.order import SampleOrder
 
 BUCKETS = np.array([0] * 13 + [1] * 8 + [2] * 3 + [5] * 1)[np.random.default_rng(3).permutation(25)]
@@ -128,7 +128,7 @@ def test_validation_has_full_batches_of_each_shape_and_a_short_one():
     assert sum(weight for _, weight in batches) == pytest.approx(1)
     assert all(weight == len(keys) / 501 and len({buckets[i] for i, _ in keys}) == 1 for keys, weight in batches)
     assert sorted(index for keys, _ in batches for index, _ in keys) == list(range(501))
-    assert format_validation_line(dataset, config, 1) == ""
+    assert format_validation_lines(dataset, config, 1) == []
 
 
 def test_processes_share_every_batch_of_validation_evenly():
@@ -138,7 +138,7 @@ def test_processes_share_every_batch_of_validation_evenly():
     seen = [index for part in parts for keys, _ in part for index, _ in keys]
     assert len(set(seen)) == len(seen) == 12 and 4 not in dataset.buckets[seen]
     line = "validation leaves out 3 images, of shapes with fewer held-out images than the 4 processes"
-    assert format_validation_line(dataset, config, 4) == line
+    assert format_validation_lines(dataset, config, 4) == [line]
     # Where no shape has enough, the images of one repeat
     assert [len(keys) for keys in plan_fixed_batches(Shapes(np.array([0, 1, 1])), config, 4)] == [4]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from t2i.config import TrainConfig
 from t2i.data.dataset import Batch, SampleDataset
 from t2i.data.groups import SampleGroups
-from t2i.data.loading import format_validation_line, iterate_batches, iterate_fixed_batches
+from t2i.data.loading import format_validation_lines, iterate_batches, iterate_fixed_batches
 from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.devices import choose_training_precision
 from t2i.runtime.launch import check_environment
@@ -119,9 +119,8 @@ def check_stage(accelerator: Accelerator, stage: Stage, config: TrainConfig) -> 
     check_processes_agree(accelerator, {**settings, "samples": size})
     if size < processes:
         raise InputError(f"there are {processes} processes for {size} samples; start at most {size}")
-    for line in stage.dataset.format_shape_lines(config.batch_size * config.gradient_accumulation * processes):
-        accelerator.print(line)
-    if stage.validation is not None and (line := format_validation_line(stage.validation, config, processes)):
+    lines = stage.dataset.format_shape_lines(config.batch_size * config.gradient_accumulation * processes)
+    for line in lines + format_validation_lines(stage.validation, config, processes):
         accelerator.print(line)
 
 
