@@ -2,6 +2,7 @@
 
 import { h, iconButton, range } from "./dom.js";
 import { choice, countChoice, drawFoot, isTyping, shorten, textField } from "./tools/controls.js";
+import { describeCost } from "./tools/frame.js";
 import { Mask, explainMask, listAreas } from "./tools/mask.js";
 import { buildStage } from "./tools/stage.js";
 
@@ -22,7 +23,7 @@ export function openBrush({ image, view, app }) {
     undo.disabled = !mask.done.length;
     redo.disabled = !mask.undone.length;
     const percent = (100 * mask.painted) / mask.data.length;
-    amount.textContent = percent > 0 && percent < 1 ? "Less than 1 % selected" : `${Math.round(percent)} % selected`;
+    selected.textContent = percent > 0 && percent < 1 ? "Less than 1 % selected" : `${Math.round(percent)} % selected`;
   };
   const stage = buildStage({ image, mask, brush, onchange: refresh, onresize: (radius) => size.set(radius) });
 
@@ -43,7 +44,9 @@ export function openBrush({ image, view, app }) {
   const invert = iconButton("invert", "Invert the selection", run("invert"));
   const clear = iconButton("trash", "Clear the selection", run("clear"));
   const bar = h("div", { class: "tool-bar" }, kind.element, h("div", { class: "tool-buttons" }, undo, redo, invert, clear), size.element);
-  const amount = h("p", { class: "hint tool-amount", role: "status" });
+  const selected = h("span", { role: "status" });
+  const cost = describeCost(image, app.model.side ?? 0);
+  const amount = h("p", { class: "hint tool-amount" }, selected, cost && ` · ${cost}`);
   const areas = buildAreas(mask, brush, refresh);
 
   // What is to be drawn
@@ -77,10 +80,10 @@ export function openBrush({ image, view, app }) {
   strength.element.hidden = true;
   const foot = drawFoot({
     text: "Draw",
+    inputs: [prompt.input],
     explain: () => (prompt.input.value.trim() ? (panel.part ? explainMask(mask) : null) : "Say what the image shows."),
     draw: () => draw(),
   });
-  prompt.input.addEventListener("input", foot.update);
 
   async function draw() {
     const text = prompt.input.value.trim();

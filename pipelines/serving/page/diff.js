@@ -44,6 +44,7 @@ export function openDiff({ image, view, app }) {
 
   const foot = drawFoot({
     text: "Draw the strip",
+    inputs: [source.input, target.input],
     explain: () => explainTexts(source.input.value, target.input.value),
     draw() {
       const [from, to] = [source.input.value.trim(), target.input.value.trim()];
@@ -59,7 +60,6 @@ export function openDiff({ image, view, app }) {
       view.close();
     },
   });
-  for (const { input } of [source, target]) input.addEventListener("input", foot.update);
 
   view.body.append(
     h(

@@ -26,7 +26,8 @@ export function openOutpaint({ image, view, app }) {
     numbers.update();
     foot.update();
     const { width, height } = frames.measureFrame(image, margins);
-    size.textContent = `${image.width} × ${image.height} becomes ${width} × ${height} pixels`;
+    const cost = frames.describeCost({ width, height }, limits.side);
+    size.textContent = `${image.width} × ${image.height} becomes ${width} × ${height} pixels${cost ? ` · ${cost}` : ""}`;
   };
 
   // The frame, and its numbers
@@ -55,6 +56,7 @@ export function openOutpaint({ image, view, app }) {
   const count = countChoice();
   const foot = drawFoot({
     text: "Draw",
+    inputs: [prompt.input],
     explain: () => frames.explainFrame(image, state.margins, limits) ?? (prompt.input.value.trim() ? null : "Say what the image shows."),
     draw() {
       const text = prompt.input.value.trim();
@@ -64,7 +66,6 @@ export function openOutpaint({ image, view, app }) {
       view.close();
     },
   });
-  prompt.input.addEventListener("input", foot.update);
 
   view.body.append(
     h(

@@ -28,7 +28,7 @@ def paint_band(width: int, height: int, middle: float, radius: float) -> np.ndar
 
 def select_band(page, diameter: int = 32) -> np.ndarray:
     """Select a band from beyond the left edge to beyond the right one, and return its pixels."""
-    page.get_by_label("Size", exact=True).fill(str(diameter))
+    page.get_by_role("slider", name="Size").fill(str(diameter))
     box, board = page.locator(".board-box").bounding_box(), page.locator(".board").bounding_box()
     middle = box["y"] + box["height"] / 2
     drag(page, (board["x"] + 3, middle), (board["x"] + board["width"] - 3, middle))
@@ -89,7 +89,7 @@ def test_the_brush_needs_no_pointer(visit):
     open_tool(picture, "Edit")
     board = page.get_by_role("application", name="Brush over the image")
     assert board.evaluate("board => board === document.activeElement")
-    page.get_by_label("Size", exact=True).fill("32")
+    page.get_by_role("slider", name="Size").fill("32")
     # From the middle to the right edge, in steps of half the brush's radius
     board.focus()
     board.press("Space")
@@ -99,7 +99,7 @@ def test_the_brush_needs_no_pointer(visit):
     said = page.locator(".tool-amount")
     assert 13 <= int(re.match(r"\d+", said.text_content())[0]) <= 15
     board.press("]")
-    assert page.get_by_label("Size", exact=True).input_value() == "38"
+    assert page.get_by_role("slider", name="Size").input_value() == "38"
     # Whole areas by name
     page.get_by_role("button", name="Clear the selection").click()
     page.get_by_text("Select areas by name").click()
@@ -107,7 +107,7 @@ def test_the_brush_needs_no_pointer(visit):
     assert page.get_by_role("button", name="top left").get_attribute("aria-pressed") == "true"
     assert said.text_content() == "11 % selected"  # 43 x 43 of 128 x 128
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.locator("dialog").wait_for(state="detached")
     assert picture.get_by_role("button", name="Edit").evaluate("button => button === document.activeElement")
 
 
@@ -118,7 +118,7 @@ def test_a_finger_paints_on_a_phone_and_two_take_the_stroke_back(visit):
     # Nothing is wider than the screen
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.locator("dialog .view-body").evaluate("body => body.scrollWidth <= body.clientWidth")
-    page.get_by_label("Size", exact=True).fill("32")
+    page.get_by_role("slider", name="Size").fill("32")
     box = page.locator(".board-box").bounding_box()
     middle = box["y"] + box["height"] / 2
     line = [(box["x"] - 8, middle), (box["x"] + box["width"] / 2, middle), (box["x"] + box["width"] + 8, middle)]
@@ -159,7 +159,9 @@ def test_shapes_and_limits_of_the_frame(visit):
     page = visit.page
     open_tool(add_image(page, build_image()), "Extend")
     page.get_by_role("button", name="16 : 9").click()
-    assert page.locator(".tool-amount").text_content() == "128 × 128 becomes 228 × 128 pixels"
+    assert (
+        page.locator(".tool-amount").text_content() == "128 × 128 becomes 228 × 128 pixels · as long as about 3 images"
+    )
     left = page.get_by_label("Left", exact=True)
     left.fill("99999")
     left.press("Tab")

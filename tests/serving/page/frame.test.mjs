@@ -44,6 +44,12 @@ test("frames that add nothing, or are too small for the model, are explained", (
   assert.match(frame.explainFrame({ width: 32, height: 32 }, { ...frame.NO_MARGINS, left: 8 }, limits), /128 × 128/);
 });
 
+test("images beyond the model's square are said to take longer", () => {
+  assert.equal(frame.describeCost({ width: 192, height: 128 }, 128), null);
+  assert.equal(frame.describeCost({ width: 256, height: 256 }, 128), "as long as about 9 images");
+  assert.equal(frame.describeCost({ width: 4000, height: 3000 }, 0), null);
+});
+
 test("the view is a square around the frame, with room on every side", () => {
   const margins = { left: 64, right: 0, top: 0, bottom: 32 };
   const view = frame.chooseView(image, margins, limits);

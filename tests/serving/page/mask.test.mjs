@@ -109,6 +109,21 @@ test("the API's mask is transparent where it is to be painted", () => {
   assert.deepEqual([...mask.toPixels()], [0, 0, 0, 255, 0, 0, 0, 0, 0, 0, 0, 255]);
 });
 
+test("painters learn where the mask has changed", () => {
+  const mask = new Mask(16, 16);
+  assert.deepEqual(mask.takeFresh(), { left: 0, top: 0, right: 16, bottom: 16 });
+  assert.equal(mask.takeFresh(), null);
+  mask.begin();
+  mask.stroke({ x: 4, y: 4 }, { x: 4, y: 4 }, 2);
+  mask.stroke({ x: 9, y: 4 }, { x: 9, y: 4 }, 2);
+  const box = { left: 2, top: 2, right: 11, bottom: 6 };
+  assert.deepEqual(mask.takeFresh(), box);
+  mask.end();
+  assert.equal(mask.takeFresh(), null);
+  mask.undo();
+  assert.deepEqual(mask.takeFresh(), box);
+});
+
 test("a softened mask has its border at one half, and none at the edges of the image", () => {
   const mask = new Mask(8, 6);
   mask.fillBox({ left: 0, top: 0, right: 4, bottom: 6 });

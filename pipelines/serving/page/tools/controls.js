@@ -49,9 +49,10 @@ export function textButton(text, onclick, kind = "") {
 
 /** The foot of a tool: what keeps it from drawing, said as it changes, and the button that draws.
  *
- * explain() returns a sentence, or null where the tool may draw. Returns {elements, update, button}.
+ * inputs: texts that change it, in which Enter draws. explain() returns a sentence, or null where the tool may draw.
+ * Returns {elements, update}.
  */
-export function drawFoot({ text, explain, draw }) {
+export function drawFoot({ text, inputs = [], explain, draw }) {
   const reason = h("p", { class: "hint tool-reason", role: "status" });
   const button = h("button", { class: "button primary", type: "button" }, text);
   const update = () => {
@@ -64,8 +65,16 @@ export function drawFoot({ text, explain, draw }) {
     update();
     if (reason.textContent === "") draw();
   });
+  for (const input of inputs) {
+    input.addEventListener("input", update);
+    input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      button.click();
+    });
+  }
   update();
-  return { elements: [reason, button], update, button };
+  return { elements: [reason, button], update };
 }
 
 /** Whether a key is meant for a text that has the focus. */

@@ -1,6 +1,7 @@
 // The frame around an image that is to be painted larger: its margins and their limits. No browser is needed.
 
 export const SIDES = ["left", "right", "top", "bottom"];
+const MIN_COST = 2.5; // images, below which a cost is not worth a word
 export const NO_MARGINS = { left: 0, right: 0, top: 0, bottom: 0 };
 
 const OPPOSITE = { left: "right", right: "left", top: "bottom", bottom: "top" };
@@ -62,6 +63,13 @@ export function explainFrame(image, margins, limits) {
     return `This model paints images of about ${limits.side} × ${limits.side} pixels or more. Drag the frame further.`;
   }
   return null;
+}
+
+/** What an image beyond the model's square costs, in words; null for one of about its size. side: 0 is unknown. */
+export function describeCost({ width, height }, side) {
+  // Larger images are drawn in squares, each of which overlaps its neighbours by half
+  const count = side ? [width, height].reduce((product, length) => product * Math.max(1, (2 * length) / side - 1), 1) : 1;
+  return count >= MIN_COST ? `as long as about ${Math.round(count)} images` : null;
 }
 
 /** The part of the plane that is shown: the frame, with room to drag it further, in pixels of the image. */

@@ -22,6 +22,14 @@ export class Mask {
     this.undone = []; // changes that `redo` makes again
     this.done = []; // changes that `undo` takes back
     this.open = null; // the change that is being made
+    this.fresh = { left: 0, top: 0, right: width, bottom: height }; // what has changed since `takeFresh`
+  }
+
+  /** Return the box of all that has changed since this was last asked; null if nothing has. */
+  takeFresh() {
+    const { fresh } = this;
+    this.fresh = null;
+    return fresh;
   }
 
   /** Begin a change, such as a stroke, which one `undo` takes back as a whole. */
@@ -49,6 +57,7 @@ export class Mask {
     this.open = null;
     if (!open) return;
     this.data.set(open.before);
+    if (open.box) this.touch(open.box);
     this.recount();
   }
 
@@ -70,6 +79,7 @@ export class Mask {
     if (!change) return false;
     const bytes = this.cut(change.box);
     this.paste(change.box, change.bytes);
+    this.touch(change.box);
     to.push({ box: change.box, bytes });
     this.recount();
     return true;
@@ -167,6 +177,7 @@ export class Mask {
 
   touch(box) {
     if (this.open) this.open.box = this.open.box ? joinBoxes(this.open.box, box) : box;
+    this.fresh = this.fresh ? joinBoxes(this.fresh, box) : box;
   }
 
   clip(box) {

@@ -222,20 +222,31 @@ function buildPainter({ overlay, mask, brush, cursor }) {
   };
 }
 
-/** Paint a mask on a canvas of another size, with smooth borders where pixels of the image are large. */
+/** Paint a mask on a canvas of its size, where it has changed; smoothed on one of the screen's size if that is larger. */
 function paintShape(canvas, mask, width, height) {
+  const isEnlarged = width > 1.5 * mask.width && width * height <= MAX_SMOOTH_PIXELS;
+  const size = isEnlarged ? { width, height } : { width: mask.width, height: mask.height };
+  const isNew = canvas.width !== size.width || canvas.height !== size.height;
+  if (isNew) Object.assign(canvas, size);
+  const fresh = mask.takeFresh();
+  const box = isNew ? { left: 0, top: 0, right: mask.width, bottom: mask.height } : fresh;
+  if (box === null || box.left >= box.right || box.top >= box.bottom) return;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  if (isEnlarged) return paintSmoothly(context, mask, width, height);
+  const pixels = new ImageData(box.right - box.left, box.bottom - box.top);
+  mask.cut(box).forEach((value, place) => (pixels.data[4 * place + 3] = 255 * value));
+  context.putImageData(pixels, box.left, box.top);
+}
+
+/** Paint a small mask large, with smooth borders. */
+function paintSmoothly(context, mask, width, height) {
   const small = new OffscreenCanvas(mask.width, mask.height);
   const pixels = new ImageData(mask.width, mask.height);
-  const isEnlarged = width > 1.5 * mask.width && width * height <= MAX_SMOOTH_PIXELS;
-  const alpha = isEnlarged ? mask.soften() : mask.data;
-  const full = isEnlarged ? 1 : 255;
-  alpha.forEach((value, place) => (pixels.data[4 * place + 3] = full * value));
+  mask.soften().forEach((value, place) => (pixels.data[4 * place + 3] = value));
   small.getContext("2d").putImageData(pixels, 0, 0);
-  Object.assign(canvas, isEnlarged ? { width, height } : { width: mask.width, height: mask.height });
-  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.clearRect(0, 0, width, height);
   context.imageSmoothingQuality = "high";
-  context.drawImage(small, 0, 0, canvas.width, canvas.height);
-  if (!isEnlarged) return;
+  context.drawImage(small, 0, 0, width, height);
   // Half of the softened value is the border of what is selected
   const found = context.getImageData(0, 0, width, height);
   const steepness = Math.min(8, width / mask.width + 1);
