@@ -3,17 +3,20 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from functools import partial
 from math import ceil
 from typing import Any
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from t2i.pipelines.serving.admission import Draining, QueueFull
-from t2i.pipelines.serving.api.bodies import read_body, read_json_request
+from t2i.pipelines.serving.api.bodies import read_body
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 from t2i.pipelines.serving.api.fields import ROUTES, collect_texts, list_fields, name_field, read_fields
 from t2i.pipelines.serving.api.requests import build_draw_request, check_known_model
@@ -23,10 +26,15 @@ from t2i.pipelines.serving.api.responses import (
     list_unknown_words,
     send_error,
     send_framework_error,
-    send_internal_error,
 )
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
+from t2i.pipelines.serving.gateway.access import Access
+from t2i.pipelines.serving.gateway.bodies import read_json
+from t2i.pipelines.serving.gateway.limits import Limits
+from t2i.pipelines.serving.gateway.log import LogEntry, find_entry
+from t2i.pipelines.serving.gateway.metrics import Metrics
+from t2i.pipelines.serving.gateway.middleware import Gateway
 from t2i.pipelines.serving.pace import Forecast
 from t2i.pipelines.serving.page_files import build_page_routes
 from t2i.pipelines.serving.service import Job, Service
@@ -46,7 +54,8 @@ class ImagesApi:
         aliases: other names of models, such as "dall-e-2".
         store: of images that responses return by `url`.
         max_count: images that a request may draw.
-        public_url: under which clients reach the server; None is the address that a request came to.
+        access, limits: of clients; None are the defaults.
+        log_prompts: write prompts to the log.
     """
 
     def __init__(
@@ -55,11 +64,17 @@ class ImagesApi:
         store: ImageStore,
         aliases: dict[str, str] | None = None,
         max_count: int = 10,
-        public_url: str | None = None,
+        access: Access | None = None,
+        limits: Limits | None = None,
+        log_prompts: bool = False,
     ):
         self.services, self.store, self.aliases = services, store, aliases or {}
-        self.max_count, self.public_url = max_count, public_url
+        self.max_count, self.log_prompts = max_count, log_prompts
+        self.access, self.limits = access or Access(), limits or Limits()
+        self.metrics = Metrics(self.services.values)
         self.ready = True
+        # One image at a time: a large one takes hundreds of megabytes while it is decoded
+        self.decoding = asyncio.Semaphore(1)
 
     def build_app(self) -> Starlette:
         """Return the application."""
@@ -72,14 +87,32 @@ class ImagesApi:
             Route("/v1/models/{name:path}", self.show_model),
             Route("/health", self.report_health),
             Route("/ready", self.report_readiness),
+            Route("/metrics", self.report_metrics),
             *build_page_routes(),
         ]
-        handlers: dict[Any, Any] = {
-            ApiError: send_error,
-            HTTPException: send_framework_error,
-            Exception: send_internal_error,
-        }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        # The gateway answers for errors that nobody expected
+        handlers: dict[Any, Any] = {ApiError: send_error, HTTPException: send_framework_error}
+        gateway = Middleware(
+            Gateway, self.access, self.limits, self.metrics, lambda: not self.ready, log_prompts=self.log_prompts
+        )
+        return Starlette(routes=routes, exception_handlers=handlers, middleware=[gateway])
+
+    def drain(self) -> None:
+        """Refuse new requests; those that wait and those that draw go on."""
+        self.ready = False
+        for service in self.services.values():
+            service.admission.drain()
+
+    def count_jobs(self) -> int:
+        """Return the number of requests that wait or draw."""
+        return sum(len(service.jobs) for service in self.services.values())
+
+    def cancel_all(self) -> None:
+        """End all requests before their next step."""
+        for service in self.services.values():
+            for job in list(service.jobs):
+                job.is_stopped = True
+            service.cancel_all()
 
     def close(self) -> None:
         """End all requests and engines."""
@@ -126,6 +159,10 @@ class ImagesApi:
         ready = self.ready and all(service.is_ready for service in self.services.values())
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
+    async def report_metrics(self, request: Request) -> Response:
+        """Send what Prometheus reads."""
+        return Response(self.metrics.render(), media_type=self.metrics.content_type)
+
     async def send_image(self, request: Request) -> Response:
         """Send an image that a response named by its url."""
         name = request.path_params["name"]
@@ -142,16 +179,22 @@ class ImagesApi:
 
     async def draw(self, request: Request, route: str) -> Response:
         """Draw what a request asks for, and answer with the images, or with events."""
-        given, images, mask = await read_body(request, route)
+        entry = find_entry(request)
+        given, images, mask = await read_body(request, route, self.limits)
+        entry.mark("receive")
         values = read_fields(f"/v1/images/{route}", given)
         service = self.find_service(values)
         # Images are decoded and encoded in threads, while the event loop answers others
-        drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask, self.max_count)
+        async with self.decoding if images else nullcontext():
+            drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask, self.max_count)
+            hold_images(request, drawn)
+        entry.model, entry.images, entry.prompt = service.name, drawn.count, values.get("prompt")
         checked = await asyncio.to_thread(check_request, service, drawn)
         answer = self.build_answer(request, route, values, service, checked)
-        job = start_job(service, drawn)
+        entry.mark("read")
+        job = start_job(service, drawn, entry.key)
         if values.get("stream"):
-            events = self.stream_events(service, job, answer)
+            events = self.stream_events(service, job, answer, entry)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
         finished = await self.wait_for_end(request, service, job)
         return JSONResponse(await asyncio.to_thread(answer.build_body, finished))
@@ -168,7 +211,7 @@ class ImagesApi:
         facts |= {"safety_identifier": values["safety_identifier"]} if "safety_identifier" in values else {}
         facts |= {"unknown_words": list_unknown_words(service.facts.known_words, collect_texts(values))}
         facts |= {"notes": [name_field(note)[1] for note in checked.notes]}
-        address = self.public_url or str(request.base_url)
+        address = self.access.public_url or str(request.base_url)
 
         def keep(data: bytes, media_type: str) -> str:
             return f"{address.rstrip('/')}/v1/images/{self.store.add(data, media_type)}"
@@ -177,7 +220,7 @@ class ImagesApi:
 
     async def check_texts(self, request: Request) -> Response:
         """Answer with the words of texts that a model never saw, without drawing."""
-        values = read_fields("/v1/texts", await read_json_request(request))
+        values = read_fields("/v1/texts", await read_json(request, self.limits))
         if "texts" not in values:
             raise build_field_error("texts", "texts is missing; give a list", "missing_required_parameter")
         service = self.find_service(values)
@@ -188,7 +231,7 @@ class ImagesApi:
 
     async def wait_for_end(self, request: Request, service: Service, job: Job) -> list[DrawnImage]:
         """Return a job's images; cancel it if the client goes away. Raises ApiError for what went wrong."""
-        gone = asyncio.create_task(wait_for_disconnect(request))
+        entry, gone = find_entry(request), asyncio.create_task(wait_for_disconnect(request))
         try:
             while True:
                 event = asyncio.create_task(job.events.get())
@@ -197,6 +240,8 @@ class ImagesApi:
                     service.cancel(job)
                 # A cancelled job ends with an event too, "failed"
                 found = await event
+                if found.kind in ("done", "failed"):
+                    entry.mark_job(job.ticket)
                 if found.kind == "failed":
                     raise explain_failure(found.data["error"])
                 if found.kind == "done":
@@ -206,7 +251,7 @@ class ImagesApi:
             # Some servers end this task when the client goes away. A job that has ended takes no harm.
             service.cancel(job)
 
-    async def stream_events(self, service: Service, job: Job, answer: Answer) -> AsyncIterator[str]:
+    async def stream_events(self, service: Service, job: Job, answer: Answer, entry: LogEntry) -> AsyncIterator[str]:
         """Yield the events of a job, as server-sent events; a client that goes away cancels it."""
         ended = False
         try:
@@ -218,7 +263,10 @@ class ImagesApi:
                     yield ": keepalive\n\n"
                     continue
                 ended = event.kind in ("done", "failed")
+                if ended:
+                    entry.mark_job(job.ticket)
                 for name, data in await asyncio.to_thread(answer.build_events, event):
+                    entry.note_event(event.kind, data)
                     yield f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
         finally:
             # Starlette closes this generator when the client has gone away
@@ -226,17 +274,22 @@ class ImagesApi:
                 service.cancel(job)
 
 
-def start_job(service: Service, drawn: Any) -> Job:
+def hold_images(request: Request, drawn: DrawRequest) -> None:
+    """Count the memory of a request's images. Raises ApiError if those of all requests take too much."""
+    hold = getattr(request.state, "hold", lambda size: None)
+    images = [given for given in (*drawn.inputs, drawn.mask) if isinstance(given, Image.Image)]
+    hold(sum(3 * image.width * image.height for image in images))
+
+
+def start_job(service: Service, drawn: DrawRequest, key: str) -> Job:
     """Start drawing. Raises ApiError if the queue is full, and while the server shuts down."""
     try:
-        return service.submit(drawn)
+        return service.submit(drawn, key)
     except QueueFull as error:
         seconds = min(MAX_RETRY_SECONDS, max(1, ceil(error.retry_after)))
         raise ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)}) from error
-    except EngineLost as error:
+    except (EngineLost, Draining) as error:
         raise explain_failure(error) from error
-    except Draining as error:
-        raise ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true"}) from error
 
 
 async def wait_for_disconnect(request: Request) -> None:

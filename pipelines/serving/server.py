@@ -2,19 +2,20 @@
 
 import itertools
 import logging
-import re
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import uvicorn
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.admission import Admission
 from t2i.pipelines.serving.api.fields import MAX_COUNT
 from t2i.pipelines.serving.app import ImagesApi
 from t2i.pipelines.serving.drawing import load_drawer
+from t2i.pipelines.serving.gateway.access import Access
+from t2i.pipelines.serving.gateway.draining import DrainingServer, end_process_after
+from t2i.pipelines.serving.gateway.limits import Limits
+from t2i.pipelines.serving.gateway.log import open_request_log
 from t2i.pipelines.serving.service import AnyDrawer, Service
 from t2i.pipelines.serving.store import ImageStore
 from t2i.pipelines.serving.workers import RemoteDrawer
@@ -25,9 +26,6 @@ from t2i.runtime.devices import resolve_device_name
 
 logger = logging.getLogger(__name__)
 
-# Requests carry no key, so that only this machine may send them
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -36,7 +34,7 @@ class ServerSettings:
     Args:
         host, port: where it listens; port 0 takes a free one.
         max_batch: images that are drawn at the same time.
-        max_queue: images that wait for their turn, beyond which requests are refused.
+        max_queue: images that wait for their turn, beyond which requests are refused; max_queue_per_key: of one key.
         queue_timeout: seconds that a request waits for its turn at most.
         drain: seconds that requests have to end when the server shuts down.
         name: of the model in the API; None is that of its folder.
@@ -46,6 +44,10 @@ class ServerSettings:
         workers: processes of each model on each device. One in all is none: the server draws itself.
         max_n: images that a request may draw.
         public_url: under which clients reach the server, for links to images; None is the address of each request.
+        keys: file of the keys of clients; without it the server listens to this machine alone. See `read_keys`.
+        cors: see `Access`.
+        log_file: of requests; None is stderr. log_prompts: write prompts to it.
+        limits: of clients.
     """
 
     host: str = "127.0.0.1"
@@ -61,6 +63,12 @@ class ServerSettings:
     workers: int = 1
     max_n: int = 10
     public_url: str | None = None
+    max_queue_per_key: int | None = None
+    keys: str | Path | None = None
+    cors: tuple[str, ...] = ()
+    log_file: str | Path | None = None
+    log_prompts: bool = False
+    limits: Limits = Limits()
 
     def __post_init__(self) -> None:
         check_integer("port", self.port, 0, 65_535)
@@ -70,31 +78,13 @@ class ServerSettings:
         check_range("drain", self.drain, 0, 3600)
         check_integer("workers", self.workers, 1, 64)
         check_integer("max-n", self.max_n, 1, MAX_COUNT)
-        if self.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", self.public_url):
-            raise InputError(
-                f"public-url must be an address such as https://images.example.org, got {self.public_url!r}"
-            )
-        if self.host not in LOOPBACK_HOSTS:
-            raise InputError(f"host must be one of {', '.join(LOOPBACK_HOSTS)}, got {self.host!r}")
+        if self.max_queue_per_key is not None:
+            check_integer("max-queue-per-key", self.max_queue_per_key, 0, self.max_queue)
+        self.build_access()  # checks the rest
 
-
-class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which lets requests end when it is told to stop, and cancels them when it is told again."""
-
-    def __init__(self, config: uvicorn.Config, api: ImagesApi):
-        super().__init__(config)
-        self.api = api
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """Refuse new requests at once, then let uvicorn wait for the others."""
-        self.api.ready = False
-        for service in self.api.services.values():
-            service.admission.drain()
-        if self.should_exit:  # told before
-            for service in self.api.services.values():
-                service.cancel_all()
-        # uvicorn's own method would also end the process by the signal afterwards, as if it had failed
-        self.should_exit = True
+    def build_access(self) -> Access:
+        """Return who may send requests. Raises InputError for files and addresses that cannot be used."""
+        return Access.build(self.host, self.keys, self.public_url, self.cors)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -130,12 +120,8 @@ def build_services(source: ModelSource, settings: ServerSettings) -> dict[str, S
         for drawer in itertools.chain(*drawers.values()):
             drawer.close()
         raise
-    return {
-        name: Service(
-            name, found, Admission(settings.max_batch, settings.max_queue, lanes=len(places)), settings.queue_timeout
-        )
-        for name, found in drawers.items()
-    }
+    queue = (settings.max_batch, settings.max_queue, settings.max_queue_per_key, len(places))
+    return {name: Service(name, found, Admission(*queue), settings.queue_timeout) for name, found in drawers.items()}
 
 
 def find_aliases(settings: ServerSettings, names: Collection[str]) -> dict[str, str]:
@@ -154,25 +140,21 @@ def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore |
     services = build_services(source, settings)
     aliases = find_aliases(settings, services)
     store = ImageStore() if store is None else store
-    return ImagesApi(services, store, aliases, settings.max_n, settings.public_url)
+    access = settings.build_access()
+    return ImagesApi(services, store, aliases, settings.max_n, access, settings.limits, settings.log_prompts)
 
 
 def serve(source: ModelSource, settings: ServerSettings) -> None:
     """Load a model, listen, and answer requests until the process is told to stop."""
-    # Refuse an address that cannot be listened on before the model loads
+    # Refuse what is wrong before the model loads
+    open_request_log(settings.log_file)
     listener = open_socket(settings.host, settings.port)
     api = build_api(source, settings)
-    config = uvicorn.Config(
-        api.build_app(),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=round(settings.drain),
-        server_header=False,
-    )
     host, port = listener.getsockname()[:2]
     names = f"{', '.join(api.services)} {'is' if len(api.services) == 1 else 'are'} served"
     print(f"{names} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     try:
-        DrainingServer(config, api).run(sockets=[listener])
+        DrainingServer(api, settings.limits, settings.drain).run(sockets=[listener])
     finally:
-        api.close()
+        with end_process_after(settings.limits.exit_seconds):
+            api.close()

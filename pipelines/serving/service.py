@@ -8,7 +8,7 @@ from functools import partial, reduce
 from typing import Protocol
 
 from PIL import Image
-from t2i.pipelines.serving.admission import Admission, Ticket
+from t2i.pipelines.serving.admission import Admission, Draining, Ticket
 from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost, Watch
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
@@ -40,6 +40,7 @@ class Job:
 
     ticket: Ticket | None = None  # while it enters
     position: tuple[int, float] | None = None  # in the queue, as it was reported last
+    is_stopped = False  # by the server, which shuts down
 
     def __init__(self, request: DrawRequest):
         self.request, self.events = request, EventFeed()
@@ -146,6 +147,8 @@ class Service:
 
     def finish(self, job: Job, event: Event) -> None:
         """End a job with the event "done" or "failed"."""
+        if job.is_stopped and isinstance(event.data.get("error"), Cancelled):
+            event = Event("failed", {"error": Draining("the server shut down before the images were drawn")})
         self.jobs.discard(job)
         job.events.put(event)
 

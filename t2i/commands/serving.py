@@ -19,6 +19,12 @@ MODEL_HELP = "Model folder, or repository on the hub. Repeatable as NAME=FOLDER,
 DEVICE_HELP = "Device to run on: auto, cpu, cuda or mps. Several, such as cuda:0,cuda:1, share the requests."
 WORKERS_HELP = "Processes that load each model on each device. Two in all, or more, are started again when they die."
 
+KEYS_HELP = (
+    "File of the keys that clients send (Authorization: Bearer KEY): a line `NAME: KEY`, or a key alone, of at least "
+    "16 characters. Names are for the log and for turns in the queue. Others must not be able to read the file."
+)
+CORS_HELP = "Origin of another site whose pages may use the server, such as https://example.org. Repeatable."
+
 
 @dataclass
 class ServedModelFlags(flags.ModelFlags):
@@ -65,7 +71,7 @@ def serve(
     upsampler: Annotated[
         str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", "the model's")
     ] = None,
-    host: Annotated[str, option("Address to listen on. Only this machine's own are taken.")] = "127.0.0.1",
+    host: Annotated[str, option("Address to listen on. Others than this machine's own need --keys.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000,
     max_batch: Annotated[int, option("Images that are drawn at the same time.")] = 8,
     max_queue: Annotated[int, option("Images that wait for their turn. Beyond them, requests are refused.")] = 64,
@@ -80,13 +86,23 @@ def serve(
     public_url: Annotated[
         str | None, option("Address in links to images, behind a proxy.", "that of each request")
     ] = None,
+    keys: Annotated[Path | None, option(KEYS_HELP, "everyone who reaches the server may use it")] = None,
+    max_queue_per_key: Annotated[int | None, option("Images of one key that wait.", "as --max-queue")] = None,
+    cors: Annotated[list[str] | None, option(CORS_HELP, "none")] = None,
+    log_file: Annotated[Path | None, option("File for the log, a line of JSON for each request.", "stderr")] = None,
+    log_prompts: Annotated[bool, option("Write prompts to the log. They are private otherwise.")] = False,
 ) -> None:
     """Serve a model to clients of the OpenAI images API, until the process is told to stop.
 
     Requests that come at the same time are drawn together. An image is the one that `t2i generate` draws with the same
     seed and settings.
+
+    /health, /ready and /metrics (for Prometheus) answer without a key: they hold counts, and neither prompts nor
+    names. Links to images, which cannot be guessed, do so too. A first SIGTERM or Ctrl-C lets requests end, a second
+    one stops them.
     """
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -97,4 +113,6 @@ def serve(
     settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, tuple(alias or ()))
     settings = replace(settings, models=source.named_models, devices=source.devices, workers=workers)
     settings = replace(settings, max_n=max_n, public_url=public_url)
+    settings = replace(settings, keys=keys, max_queue_per_key=max_queue_per_key, cors=tuple(cors or ()))
+    settings = replace(settings, log_file=log_file, log_prompts=log_prompts)
     run_server(source.build(upsampler=upsampler), settings)

@@ -197,7 +197,7 @@ def test_fields_that_clients_leave_empty_count_as_absent(client):
         ("POST", "/v1/images/generations", b"[NaN]", {"content-type": "application/json"}, 400, "invalid_json"),
         ("POST", "/v1/images/generations", b"prompt=a", {}, 415, "unsupported_media_type"),
         ("POST", "/v1/images/edits", b"{}", {"content-type": "application/json"}, 415, "unsupported_media_type"),
-        ("POST", "/v1/images/edits", b"x", {"content-type": "multipart/form-data"}, 400, "invalid_request"),
+        ("POST", "/v1/images/edits", b"x", {"content-type": "multipart/form-data"}, 400, "invalid_form"),
         ("GET", "/v1/images/generations", b"", {}, 405, "method_not_allowed"),
         ("GET", "/v2/images", b"", {}, 404, "not_found"),
     ],

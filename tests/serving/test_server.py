@@ -25,7 +25,7 @@ def test_an_address_in_use_is_refused_in_one_line():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"host": "0.0.0.0"}, "host must be one of 127.0.0.1"),
+        ({"host": "0.0.0.0"}, "host '0.0.0.0' lets other machines in, which needs --keys FILE"),
         ({"port": 70_000}, "port must be an integer from 0 to 65535"),
         ({"max_batch": 0}, "max-batch must be"),
         ({"drain": -1}, "drain must be"),

@@ -11,12 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from t2i.pipelines.memory_needed import BatchTooLargeError
+from t2i.pipelines.serving.admission import Draining
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.fields import name_field
 from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_image
 from t2i.pipelines.serving.drawing import DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.events import Event
+from t2i.pipelines.serving.gateway.log import find_entry
 from t2i.pipelines.serving.pace import Forecast
 
 from t2i.errors import InputError
@@ -134,6 +136,9 @@ def explain_failure(error: BaseException) -> ApiError:
     """Return the error of the API for one that ended a job."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Draining):
+        # Another server, or this one after its start, can draw it
+        return ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true", "retry-after": "1"})
     if isinstance(error, Cancelled):
         return ApiError(503, "cancelled", "the request was cancelled", headers={"x-should-retry": "true"})
     if isinstance(error, EngineLost):
@@ -156,6 +161,7 @@ def explain_failure(error: BaseException) -> ApiError:
 
 async def send_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    find_entry(request).error = error.code
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
@@ -166,10 +172,5 @@ async def send_framework_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     messages = {404: f"there is no {where}", 405: f"{where} is not allowed"}
     shown = ApiError(error.status_code, code, messages.get(error.status_code, str(error.detail)))
+    find_entry(request).error = code
     return JSONResponse(shown.body, shown.status, headers=error.headers)
-
-
-async def send_internal_error(request: Request, error: Exception) -> Response:
-    """Send what clients see of an error that nobody expected; Starlette logs it."""
-    shown = ApiError(500, "internal", "the server failed; its log has the reason", headers={"x-should-retry": "false"})
-    return JSONResponse(shown.body, shown.status, headers=shown.headers)
