@@ -45,7 +45,7 @@ class Config:
     init: str | None = None
     preprocess: dict[str, Any] = field(default_factory=dict)  # size, mean, std
     # Train the text tower of `init` alone, and compare each caption with every image of the training split instead of
-    # those of its batch; all images that have the caption's phrases are right.
+    # those of its batch. Images that have the caption's phrases are right, by how well the phrases fit them.
     text_only: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     bank = None
     if config.text_only:
         clip.to(accelerator.device).net.visual.requires_grad_(False)
-        bank = PictureBank(clip, dataset)
+        bank = PictureBank(clip, dataset, open_groups(config.data, dataset))
         dataset.reads_images = False
     loss = build_loss(accelerator, clip, tokenizer, bank)
 
