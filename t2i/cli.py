@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,9 @@ from t2i.errors import InputError, report_errors
 from t2i.limits import find_max_pixels, set_max_megapixels
 from t2i.progress import Progress
 from t2i.terminal import be_quiet, print_line, print_note
+
+if TYPE_CHECKING:
+    from t2i.training.all_stages import Trainer
 
 # Commands that read images, and so take --max-megapixels
 READING_COMMANDS = {"check", "init", "generate", "upsample", "image-to-image", "inpaint", "outpaint", "variations"}
@@ -173,13 +176,14 @@ def train(
     ],
     arguments: Annotated[
         list[str] | None,
-        argument("FILE.yaml and overrides key=value; for `all`, the folder that `t2i init` wrote."),
+        argument("FILE.yaml and overrides key=value; for `all`, a folder of configurations, as `t2i init` writes it."),
     ] = None,
+    out: Annotated[Path | None, option("For `all`: folder of the results.", "the folder of the configurations")] = None,
     dry_run: Annotated[bool, option("Print what the run would cost, and write nothing.", None, "--dry-run")] = False,
     num_processes: Annotated[int, option("Processes on this machine, which share its GPUs or CPU cores.")] = 1,
     max_restarts: Annotated[int, option("Number of restarts after a process died, with several processes.")] = 0,
 ) -> None:
-    """Train a stage, or all stages of a folder that `t2i init` wrote.
+    """Train a stage, or all stages of a folder of configurations, and assemble the pipeline.
 
     A run that was stopped continues from its last checkpoint. To train on several machines, use accelerate launch.
     """
@@ -190,6 +194,7 @@ def train(
     check_range("num-processes", num_processes, 1, 1024)
     check_range("max-restarts", max_restarts, 0, 1000)
     check_needed("--max-restarts", max_restarts or None, "--num-processes of 2 or more", num_processes > 1)
+    check_needed("--out", out, "the stage all", stage == "all")
     from importlib import import_module
 
     from t2i.config import load_config
@@ -197,7 +202,8 @@ def train(
     from t2i.training.common.entry import start_training
 
     if stage == "all":
-        raise typer.Exit(train_all_stages(arguments or [], num_processes, max_restarts, dry_run))
+        trainer = open_run(arguments or [], out, num_processes, max_restarts)
+        raise typer.Exit(trainer.estimate_costs() if dry_run else trainer.train())
 
     # Check the configuration here, then train in this process, or become torchrun and several processes
     overrides = [*(arguments or []), *(["train.dry_run=true"] if dry_run else [])]
@@ -209,15 +215,14 @@ def train(
     start_training(script.main, config)
 
 
-def train_all_stages(arguments: list[str], num_processes: int, max_restarts: int, dry_run: bool) -> int:
-    """Train all stages of a folder, or estimate their costs. Returns the exit status."""
+def open_run(arguments: list[str], out: Path | None, num_processes: int, max_restarts: int) -> "Trainer":
+    """Return the trainer of all stages that a folder configures. Raises InputError."""
     from t2i.training.all_stages import Run, Trainer
 
     if len(arguments) != 1:
         problem = f"{arguments[1]!r} belongs in its configuration files" if arguments[1:] else "none is given"
-        raise InputError(f"train all takes one folder that `t2i init` wrote; {problem}")
-    trainer = Trainer(Run.read_folder(Path(arguments[0])), num_processes, max_restarts)
-    return trainer.estimate_costs() if dry_run else trainer.train()
+        raise InputError(f"train all takes one folder of configurations; {problem}")
+    return Trainer(Run.read_folder(Path(arguments[0]), out), num_processes, max_restarts)
 
 
 @data.command()

@@ -1,7 +1,9 @@
-"""From data to a pipeline: train the stages that `t2i init` configured, one after the other, each in a process.
+"""From data to a pipeline: train every stage that a folder configures, one after the other, each in a process.
 
-A stage is done if its configuration, the manifest, the results of the stages before it and its own results are
-unchanged. Any other stage is run; its script continues from its checkpoint, or refuses with a reason.
+`t2i init` writes such a folder. The name of a configuration begins with the stage: `prior.yaml`, `prior-mlp.yaml`.
+Each stage follows those whose results it reads. A stage is done if its configuration, the manifest, the results that it
+reads and its own results are unchanged. Any other stage is run; its script continues from its checkpoint, or refuses
+with a reason.
 """
 
 import hashlib
@@ -9,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -35,8 +37,10 @@ STAGE_SCRIPTS = {
     "cache": "cache_data",
     "prior": "train_prior",
     "decoder": "train_decoder",
+    "upsampler": "train_upsampler",
+    "classifier": "train_classifier",
 }
-OPTIONAL_STAGES = ("clip", "autoencoder")  # a trained or public model can take their place
+NEEDED_STAGES = ("cache", "prior", "decoder")  # a trained or public model can take the place of the first two
 DONE_FILE = "done.json"  # by stage: a hash of its inputs and one of its results
 PIPELINE_NAME = "pipeline"
 HANGUP_SIGNAL = getattr(signal, "SIGHUP", None)  # a closed terminal; not on Windows
@@ -54,33 +58,53 @@ class RunStage:
     output: Path
 
     @property
+    def makes_cache(self) -> bool:
+        return self.script.stem == STAGE_SCRIPTS["cache"]
+
+    @property
     def task_description(self) -> str:
-        if self.name == "cache":
+        if self.makes_cache:
             return f"encodes every image and caption into {self.output}"
         return f"{self.config.train.steps:,} steps into {self.output}"
 
     def find_result_files(self) -> list[Path]:
         """Return the files that later stages read."""
-        if self.name == "cache":
+        if self.makes_cache:
             return [self.output / "cache.json"]  # which contains the hashes of the other files
         return [path for part in ("model", "scheduler", "text_encoder") for path in find_files(self.output / part)]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has results."""
+        files = self.find_result_files()
+        return bool(files) and all(path.is_file() for path in files)
+
+    @property
+    def input_folders(self) -> list[Path]:
+        """Folders that the configuration names, such as `clip` and `init`; not those that only previews need."""
+        values = [getattr(self.config, item.name) for item in fields(self.config) if item.name != "output"]
+        return [Path(value).resolve() for value in values if isinstance(value, str)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """The folder that `t2i init` wrote, with its stages in the order of training."""
+    """The stages that a folder configures, in the order of training, and the folder of their results."""
 
-    folder: Path
+    folder: Path  # of the configurations
+    output: Path
     stages: list[RunStage]
 
     @classmethod
-    def read_folder(cls, folder: Path) -> "Run":
-        """Read and check all configurations in a folder. Raises InputError."""
-        needed = [name for name in STAGE_SCRIPTS if name not in OPTIONAL_STAGES]
-        if missing := [f"{name}.yaml" for name in needed if not (folder / f"{name}.yaml").is_file()]:
+    def read_folder(cls, folder: Path, output: Path | None = None) -> "Run":
+        """Read and check all configurations in a folder. Raises InputError.
+
+        output: folder in which each stage has a folder of its name; by default that of the configurations.
+        """
+        if missing := [f"{name}.yaml" for name in NEEDED_STAGES if not (folder / f"{name}.yaml").is_file()]:
             command = shlex.join(["t2i", "init", str(folder), "--data", "IMAGES"])
             raise InputError(f"{str(folder)!r} has no {', '.join(missing)}; `{command}` writes them")
-        run = cls(folder, [read_stage(folder, name) for name in STAGE_SCRIPTS if (folder / f"{name}.yaml").is_file()])
+        output = folder if output is None else output
+        run = cls(folder, output, sort_stages([read_stage(file, output) for file in sorted(folder.glob("*.yaml"))]))
         # Inputs that are missing or have changed
         run.check_stage_models()
         run.check_data_manifest()
@@ -91,21 +115,25 @@ class Run:
 
     @property
     def pipeline_folder(self) -> Path:
-        return self.folder / PIPELINE_NAME
+        return self.output / PIPELINE_NAME
 
     def __getitem__(self, name: str) -> Any:
         """Return the configuration of a stage."""
         return next(stage.config for stage in self.stages if stage.name == name)
 
+    def list_inputs(self, stage: RunStage) -> list[RunStage]:
+        """Return the stages whose results a stage reads."""
+        return [other for other in self.stages if other.output.resolve() in stage.input_folders]
+
     def check_stage_models(self) -> None:
-        """Refuse a stage that needs a model of this folder which is not there, and which no stage will train."""
-        names = [stage.name for stage in self.stages]
+        """Refuse a stage that needs a model in the output folder which is not there, and which no stage will train."""
+        outputs = [stage.output.resolve() for stage in self.stages]
         for stage in self.stages:
-            for model in OPTIONAL_STAGES:
-                name = getattr(stage.config, model, None)
-                in_folder = name is not None and Path(name).resolve() == (self.folder / model).resolve()
-                if in_folder and model not in names and read_model_class(self.folder / model / "model") is None:
-                    raise InputError(f"{stage.file} needs {name!r}, but {str(self.folder)!r} has no {model}.yaml")
+            for model in stage.input_folders:
+                in_output = model.parent == self.output.resolve() and model not in outputs
+                if in_output and read_model_class(model / "model") is None:
+                    missing = f"{str(self.folder)!r} has no {model.name}.yaml"
+                    raise InputError(f"{stage.file} needs {str(self.output / model.name)!r}, but {missing}")
 
     def check_data_manifest(self) -> None:
         """Refuse data without a manifest, and, before anything is trained, data that have changed since."""
@@ -119,23 +147,42 @@ class Run:
 
     def hash_inputs(self, stage: RunStage | None) -> str:
         """Return a hash of all files that a stage depends on; None stands for the pipeline."""
-        before = self.stages[: self.stages.index(stage)] if stage else self.stages
-        files = [path for earlier in before for path in earlier.find_result_files()]
+        inputs = self.list_inputs(stage) if stage else self.stages
+        files = [path for earlier in inputs for path in earlier.find_result_files()]
         if stage:
             files += [stage.file, find_manifest(Path(stage.config.data.path))]
         return hash_files(files)
 
 
-def read_stage(folder: Path, name: str) -> RunStage:
-    """Read a stage's configuration. Raises InputError if it would write anywhere but to its place in the folder."""
-    script, file = import_module(f"t2i.training.{STAGE_SCRIPTS[name]}"), folder / f"{name}.yaml"
-    config = load_config(script.Config, name, [str(file)])
-    output = config.output if name == "cache" else config.train.output
-    if Path(output).resolve() != (folder / name).resolve():
-        remedy = "run this where `t2i init` was run, or change the output"
-        place = f"{str(folder / name)!r}, relative to the present folder"
-        raise InputError(f"{file} writes to {output!r}, which is not {place}; {remedy}")
-    return RunStage(name, Path(str(script.__file__)), file, config, folder / name)
+def read_stage(file: Path, run_output: Path) -> RunStage:
+    """Read a stage's configuration. Raises InputError if it would write anywhere but to its place in the output."""
+    kind = next((kind for kind in STAGE_SCRIPTS if file.stem == kind or file.stem.startswith(f"{kind}-")), None)
+    if kind is None:
+        raise InputError(f"{str(file)!r} is of no stage; its name must begin with one of {', '.join(STAGE_SCRIPTS)}")
+    script = import_module(f"t2i.training.{STAGE_SCRIPTS[kind]}")
+    config = load_config(script.Config, file.stem, [str(file)])
+    output = config.output if kind == "cache" else config.train.output
+    place = run_output / file.stem
+    if Path(output).resolve() != place.resolve():
+        remedy = "run this where `t2i init` was run, give --out, or change the output"
+        where = f"{str(place)!r}, relative to the present folder"
+        raise InputError(f"{file} writes to {output!r}, which is not {where}; {remedy}")
+    return RunStage(file.stem, Path(str(script.__file__)), file, config, place)
+
+
+def sort_stages(stages: list[RunStage]) -> list[RunStage]:
+    """Return stages so that each follows those whose results it reads. Raises InputError for a circle."""
+    kinds = list(STAGE_SCRIPTS.values())
+    waiting = sorted(stages, key=lambda stage: kinds.index(stage.script.stem))
+    ordered: list[RunStage] = []
+    while waiting:
+        missing = {stage.output.resolve() for stage in waiting}
+        ready = next((stage for stage in waiting if missing.isdisjoint(stage.input_folders)), None)
+        if ready is None:
+            raise InputError(f"{', '.join(str(stage.file) for stage in waiting)} read each other's results in a circle")
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -196,7 +243,7 @@ class Trainer:
             self.print_stage_status(PIPELINE_NAME, f"assembles the stages in {folder}")
             # The decoder's configuration names the models that were not trained here
             decoder = self.run["decoder"]
-            write_pipeline_folder(self.run.folder, folder, clip=decoder.clip, autoencoder=decoder.autoencoder)
+            write_pipeline_folder(self.run.output, folder, clip=decoder.clip, autoencoder=decoder.autoencoder)
             self.record_stage_done(PIPELINE_NAME, inputs, find_model_files(folder))
         # A command to draw with, for the first caption of the data
         example = next(open_manifest(self.run["prior"].data.path).iterate_rows("captions"))
@@ -206,19 +253,20 @@ class Trainer:
 
     def estimate_costs(self) -> int:
         """Print the cost of each stage whose inputs are there; nothing is written. Returns the exit status."""
-        # Trial steps need the images or the cache. A cache that is not there needs trained models.
-        cached = (self.run.folder / "cache" / "cache.json").is_file()
         for stage in self.run.stages:
-            is_tried = stage.name in OPTIONAL_STAGES or (cached and stage.name != "cache")
-            note = "" if is_tried or stage.name == "cache" else "; its cost is known once the cache is made"
+            # Trial steps need the images or the cache, and the trained models
+            missing = [other.name for other in self.run.list_inputs(stage) if not other.is_there]
+            note = f"; its cost is known once {', '.join(missing)} is there" if missing else ""
             self.print_stage_status(stage.name, f"{stage.task_description}{note}")
-            if is_tried:
-                overrides = ["train.dry_run=true"]
-                # Without a trained prior, the decoder's previews have no row of it
-                if stage.name == "decoder" and read_model_class(self.run.folder / "prior" / "model") is None:
-                    overrides.append("sample.prior=null")
-                if status := self.run_stage(stage, *overrides):
-                    return status
+            if missing or stage.makes_cache:
+                continue
+            overrides = ["train.dry_run=true"]
+            # Without a trained prior, previews have no row of it
+            prior = getattr(getattr(stage.config, "sample", None), "prior", None)
+            if prior is not None and read_model_class(Path(prior) / "model") is None:
+                overrides.append("sample.prior=null")
+            if status := self.run_stage(stage, *overrides):
+                return status
         return 0
 
     def run_stage(self, stage: RunStage, *overrides: str) -> int:
@@ -254,10 +302,10 @@ class Trainer:
         return bool(results) and self.read_done_stages().get(name) == [inputs, hash_files(results)]
 
     def record_stage_done(self, name: str, inputs: str, results: list[Path]) -> None:
-        write_json_file(self.run.folder / DONE_FILE, {**self.read_done_stages(), name: [inputs, hash_files(results)]})
+        write_json_file(self.run.output / DONE_FILE, {**self.read_done_stages(), name: [inputs, hash_files(results)]})
 
     def read_done_stages(self) -> dict[str, Any]:
-        path = self.run.folder / DONE_FILE
+        path = self.run.output / DONE_FILE
         return read_json(path) if path.is_file() else {}
 
     def print_stage_status(self, name: str, what: str) -> None:

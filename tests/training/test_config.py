@@ -98,7 +98,7 @@ def make_scheduler(config) -> None:
 
 
 def test_configurations_exist_for_every_stage_and_size():
-    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-transformer", "base"} | PUBLIC
+    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-variants", "base"} | PUBLIC
     for size in ("tiny", "emoji", "base"):
         assert {stage_of(path) for path in SHIPPED if path.parent.name == size} == {
             "clip",

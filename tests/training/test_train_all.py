@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from t2i.training.all_stages import Run, Trainer
+from t2i.training.all_stages import Run, Trainer, read_stage, sort_stages
 from t2i.training.recipe.recipe import compose_recipe, read_data_facts
 from t2i.training.recipe.sizes import Device
 
@@ -66,7 +66,7 @@ def stopped(folder: Path, number: int, when: Callable[[], bool]) -> tuple[int, s
     """Start in a session of its own, as in a terminal; give it a signal as soon as something is so."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(COMMAND, cwd=folder, env=ENVIRONMENT, start_new_session=True, **pipes)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not when():
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.02)
@@ -184,7 +184,7 @@ def test_a_dry_run_shows_what_can_be_shown_and_writes_nothing(capfd, shapes, tra
     assert trainer.estimate_costs() == 0
     out, _ = capfd.readouterr()
     assert "asked clip" in out and "asked autoencoder" in out and "asked prior" not in out
-    assert "4/6 prior: 3 steps into run/prior; its cost is known once the cache is made" in out
+    assert "4/6 prior: 3 steps into run/prior; its cost is known once clip, cache is there" in out
 
 
 @pytest.fixture
@@ -205,6 +205,8 @@ def fresh(shapes, tmp_path, monkeypatch) -> Path:
         (lambda folder: change(folder / "decoder.yaml", train__stepz=3), "stepz"),
         (lambda folder: change(folder / "prior.yaml", train__output="x"), "writes to 'x', which is not 'run/prior'"),
         (lambda folder: change(folder / "clip.yaml", data__path="gone"), "no manifest in 'gone'"),
+        (lambda folder: (folder / "priors.yaml").touch(), "'run/priors.yaml' is of no stage; its name must begin with"),
+        (lambda folder: change(folder / "clip.yaml", init="run/prior"), "run/clip.yaml, run/cache.yaml"),
         (lambda folder: (folder / "pipeline").mkdir(), "'run/pipeline' is no pipeline and is not replaced"),
         (lambda folder: (folder / "../shapes/00.png").unlink(), "not what was checked: 1 gone (such as '00.png')"),
     ],
@@ -233,3 +235,38 @@ def test_data_that_changes_after_the_start_is_a_warning(capsys, trained):
     Path("shapes/00.png").unlink()
     Run.read_folder(Path("run"))
     assert "warning: 'shapes' is not what was checked: 1 gone" in capsys.readouterr().out
+
+
+def test_stages_follow_those_whose_results_they_read():
+    """Also further stages of a kind, and those beside the pipeline."""
+    files = sorted((ROOT / "configs/emoji").glob("*.yaml"))
+    names = [stage.name for stage in sort_stages([read_stage(file, Path("runs/emoji")) for file in files])]
+    assert sorted(names) == sorted(file.stem for file in files)
+    order = {name: place for place, name in enumerate(names)}
+    for name, inputs in {
+        "cache": ("clip", "autoencoder"),
+        "prior-autoregressive": ("cache", "prior-mlp"),
+        "decoder": ("cache", "prior"),
+        "classifier": ("cache",),
+    }.items():
+        assert all(order[earlier] < order[name] for earlier in inputs), (name, names)
+
+
+def test_results_lie_in_the_folder_of_out(monkeypatch, capsys, trained):
+    """A second stage of a kind begins from the first; nothing else is trained again."""
+    shutil.copytree(trained, "configs", ignore=lambda _, names: [name for name in names if "." not in name])
+    Path("configs/done.json").unlink()
+    more = yaml.safe_load(Path("configs/decoder.yaml").read_text())
+    more["init"], more["train"]["output"], more["train"]["steps"] = "run/decoder", "run/decoder-more", 1
+    Path("configs/decoder-more.yaml").write_text(yaml.safe_dump(more))
+    status, out, err = run(monkeypatch, capsys, "train", "all", "configs", "--dry-run")
+    assert status == 2 and "configs/autoencoder.yaml writes to 'run/autoencoder', which is not 'configs/auto" in err
+    status, out, err = run(monkeypatch, capsys, "train", "all", "configs", "--out", "run")
+    assert status == 0, err
+    lines = [line for line in out.splitlines() if line[1:3] == "/7"]
+    assert [line for line in lines if ": done" not in line] == [
+        "6/7 decoder-more: 1 steps into run/decoder-more",
+        "7/7 pipeline: assembles the stages in run/pipeline",
+    ]
+    status, _, err = run(monkeypatch, capsys, "train", "prior", "--out", "run")
+    assert status == 2 and "--out" in err
