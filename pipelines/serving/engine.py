@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class PreparedCondition:
     timesteps: Tensor | None = None
     context: Any = None  # of this condition alone, for steps that bypass the engine
 
+    @cached_property
+    def form(self) -> tuple:
+        """What conditions must have in common to be joined: their parts, and whether timesteps are prepared."""
+        return (self.timesteps is not None, *list_parts(self.condition))
+
 
 @dataclass(eq=False)
 class StepCall:
@@ -55,6 +60,7 @@ class StepCall:
     x: Tensor
     t: Tensor
     prepared: PreparedCondition
+    form: tuple  # what steps must have in common to be joined
     result: Tensor | None = None
     error: BaseException | None = None
     done: bool = False
@@ -229,7 +235,9 @@ class StepEngine:
         # Steering takes gradients through a step, which another thread cannot record
         if torch.is_grad_enabled():
             return self.step_alone(name, x, t, context)
-        call, drawing = StepCall(name, x, t, context), self.own.drawing
+        # Here, so that an error in it is this request's own
+        form = (name, x.shape[1:], x.dtype, context.form)
+        call, drawing = StepCall(name, x, t, context, form), self.own.drawing
         with self.changed:
             if self.must_end(drawing):
                 raise Cancelled("cancelled before a step")
@@ -289,8 +297,7 @@ class StepEngine:
         """Divide steps into calls of a network: of one network, of one form, of at most `max_rows` rows."""
         groups: dict[tuple, list[list[StepCall]]] = {}
         for call in sorted(calls, key=lambda call: id(call.prepared)):  # in the same order while they are the same
-            form = (call.denoiser, call.x.shape[1:], call.x.dtype, describe_form(call.prepared))
-            batches = groups.setdefault(form, [[]])
+            batches = groups.setdefault(call.form, [[]])
             if batches[-1] and count_rows(batches[-1]) + len(call.x) > self.max_rows:
                 batches.append([])
             batches[-1].append(call)
@@ -381,8 +388,3 @@ class StepEngine:
 
 def count_rows(calls: list[StepCall]) -> int:
     return sum(len(call.x) for call in calls)
-
-
-def describe_form(prepared: PreparedCondition) -> tuple:
-    """Return what conditions must have in common to be joined: their parts, and whether timesteps are prepared."""
-    return (prepared.timesteps is not None, *list_parts(prepared.condition))

@@ -22,9 +22,11 @@ from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
 from t2i.pipelines.serving.messages import decode_message, encode_message
+from t2i.pipelines.serving.server import ServerSettings, find_aliases
 from t2i.pipelines.serving.worker import Worker
 from t2i.pipelines.serving.workers import RemoteDrawer
 
+from t2i.commands.serving import ServedModelFlags
 from t2i.errors import InputError
 from t2i.files.known_words import KnownWords
 
@@ -96,6 +98,9 @@ class ThreadProcess:
         with suppress(EOFError, OSError):
             worker.send("ready", facts=worker.drawer.facts.pack())
             worker.receive()
+        # A process's threads would end with it
+        for request in list(worker.requests.values()):
+            request.cancelled.set()
 
     def start(self) -> None:
         self.thread.start()
@@ -251,3 +256,30 @@ def test_a_model_that_cannot_be_loaded_is_said_in_its_own_words(in_threads):
     with pytest.raises(EngineLost):
         drawer.draw(ask("a cat"))
     drawer.close()
+
+
+def test_several_models_have_names_and_share_devices(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    several = ServedModelFlags(model=["small=models/a", "large=owner/b"], device="cuda:0,cuda:1")
+    assert several.named_models == (("small", "models/a"), ("large", "owner/b"))
+    assert several.devices == ("cuda:0", "cuda:1") and several.build().model == "models/a"
+    # A folder alone is one model, whatever its name
+    alone = ServedModelFlags(model=[str(tmp_path / "a=b")])
+    assert alone.named_models == () and alone.build().model == str(tmp_path / "a=b")
+    assert ServedModelFlags().named_models == () and ServedModelFlags().build().model.endswith("emoji")
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [(["models/a", "models/b"], "model 'models/a' has no name"), (["a=x", "a=y"], "model 'a' is given twice")],
+)
+def test_models_without_a_name_of_their_own_are_refused(models, message):
+    with pytest.raises(InputError, match=message):
+        _ = ServedModelFlags(model=models).named_models
+
+
+def test_aliases_stand_for_the_first_model_or_the_one_they_name():
+    settings = ServerSettings(aliases=("dall-e-2", "big=large"))
+    assert find_aliases(settings, ["small", "large"]) == {"dall-e-2": "small", "big": "large"}
+    with pytest.raises(InputError, match="alias 'x=none' names no model; there are small"):
+        find_aliases(ServerSettings(aliases=("x=none",)), ["small"])
