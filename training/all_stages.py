@@ -75,13 +75,14 @@ class RunStage:
 
     @property
     def is_there(self) -> bool:
-        """Whether it has results."""
+        """Return whether it has results."""
         files = self.find_result_files()
         return bool(files) and all(path.is_file() for path in files)
 
     @property
     def input_folders(self) -> list[Path]:
         """Folders that the configuration names, such as `clip` and `init`; not those that only previews need."""
+        # Only values of the first level: `sample.prior` serves previews, and a new one changes no result
         values = [getattr(self.config, item.name) for item in fields(self.config) if item.name != "output"]
         return [Path(value).resolve() for value in values if isinstance(value, str)]
 
@@ -159,6 +160,7 @@ def read_stage(file: Path, run_output: Path) -> RunStage:
     kind = next((kind for kind in STAGE_SCRIPTS if file.stem == kind or file.stem.startswith(f"{kind}-")), None)
     if kind is None:
         raise InputError(f"{str(file)!r} is of no stage; its name must begin with one of {', '.join(STAGE_SCRIPTS)}")
+    # The configuration is that of the script, whatever follows the stage in the file's name
     script = import_module(f"t2i.training.{STAGE_SCRIPTS[kind]}")
     config = load_config(script.Config, file.stem, [str(file)])
     output = config.output if kind == "cache" else config.train.output
@@ -173,6 +175,7 @@ def read_stage(file: Path, run_output: Path) -> RunStage:
 def sort_stages(stages: list[RunStage]) -> list[RunStage]:
     """Return stages so that each follows those whose results it reads. Raises InputError for a circle."""
     kinds = list(STAGE_SCRIPTS.values())
+    # Stages that read nothing of each other keep the order of their kinds
     waiting = sorted(stages, key=lambda stage: kinds.index(stage.script.stem))
     ordered: list[RunStage] = []
     while waiting:

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from t2i.checks import check_choice
 from t2i.config import DataConfig, TrainConfig, check_fields
 from t2i.data import CaptionedPictures, open_datasets
+from t2i.data.buckets import name_latents
 from t2i.data.cache import (
     MIRRORED,
     build_shard_path,
@@ -48,7 +49,6 @@ from t2i.data.cache import (
 )
 from t2i.data.dataset import iterate_equal_parts, stack_views
 from t2i.data.framing import View, flip_view
-from t2i.data.latent_shapes import name_latents
 from t2i.data.loading import shorten_worker_errors
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError

@@ -14,7 +14,7 @@ from t2i.files.known_words import KnownWords
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the server knows of a model that may be loaded in another process.
+    """Facts about a model that may be loaded in another process.
 
     Args:
         image_size: side of its images in pixels.

@@ -19,7 +19,7 @@ QUEUE_TICK_SECONDS = 0.5  # between two looks at the requests that wait
 
 
 class AnyDrawer(Protocol):
-    """What draws a service's requests: a `Drawer` in this process, or a `RemoteDrawer`, which speaks to a worker's."""
+    """A drawer of a service's requests: a `Drawer` in this process, or a `RemoteDrawer`, which speaks to a worker's."""
 
     facts: ModelFacts
 

@@ -40,9 +40,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from t2i.data.buckets import LatentShapes
 from t2i.data.dataset import Batch, CaptionedPictures, SampleDataset, SampleIndex
 from t2i.data.framing import is_flipped
-from t2i.data.latent_shapes import LatentShapes
 from t2i.diffusion.condition import TextEncoding, TokenStates
 from t2i.errors import InputError
 from t2i.files.atomic import compute_file_sha256, create_file_atomically, write_json_file

@@ -22,7 +22,7 @@ class DrawnCaption:
 
 @dataclass(frozen=True)
 class CaptionMix:
-    """How captions are drawn from the captions and keywords of a sample.
+    """A way to draw captions from the captions and keywords of a sample.
 
     keyword_alone: fraction of single keywords. in_sentence: fraction of single phrases in one of `sentences`, each of
     which has one `{}` for the phrase.
@@ -52,6 +52,7 @@ class CaptionMix:
         # The order of these draws is part of the format: caches and runs that resume depend on it
         text = captions[0] if len(captions) == 1 else rng.choice(captions)
         if self.in_sentence and rng.random() < self.in_sentence:
+            # People type keywords as often as names
             phrase = rng.choice([text, rng.choice(keywords)]) if keywords else text
             return DrawnCaption(fill_sentence(rng.choice(self.sentences), phrase), [phrase])
         if not keywords:
@@ -78,6 +79,7 @@ def choose_article(text: str) -> str:
 
 def fill_sentence(sentence: str, phrase: str) -> str:
     """Return a sentence with a phrase in its place, after an article that suits the phrase."""
+    # Only an article of its own: "a" also ends other words
     article = f"a {SLOT}"
     start = sentence.find(article)
     if start == 0 or (start > 0 and sentence[start - 1] == " "):

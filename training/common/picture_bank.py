@@ -35,6 +35,7 @@ class PictureBank:
         with torch.no_grad():
             images = dataset.iterate_images(len(dataset), batch_size=64)
             self.z_i = torch.cat([clip.encode_image(image.to(device)).float() for image in images])  # (N, D)
+        # Without groups each image is one of its own
         members = groups.members if groups else [[index] for index in range(len(dataset))]
         self.group_of = {index: number for number, part in enumerate(members) for index in part}
         # Weights of images by phrase

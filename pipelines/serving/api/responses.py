@@ -1,4 +1,4 @@
-"""What clients get: descriptions of images, events while they are drawn, and errors."""
+"""Responses: descriptions of images, events while they are drawn, and errors."""
 
 import logging
 import secrets
@@ -36,7 +36,7 @@ FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_to
 
 
 class Answer:
-    """What the client of one request gets: a response with all images, or events while they are drawn.
+    """The answer to one request: a response with all images, or events while they are drawn.
 
     Args:
         route: of the request.

@@ -169,7 +169,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Anything:
-    """What clients send and what means nothing here."""
+    """A field that clients send and that means nothing here."""
 
     def read(self, name: str, value: Any) -> None:
         return None

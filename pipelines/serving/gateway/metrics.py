@@ -62,7 +62,7 @@ class Metrics:
 
 
 class ServiceCollector(Collector):
-    """What services count themselves, at the moment when it is asked for."""
+    """A collector of what services count themselves, at the moment when it is asked for."""
 
     def __init__(self, list_services: Callable[[], Iterable[Service]]):
         self.list_services = list_services
