@@ -137,7 +137,7 @@ export class Settings {
         this.buildSeed(),
         this.buildNegative(),
         this.buildChoices("sampler", "Sampler", this.model.samplers),
-        this.buildChoices("size", "Size", listSizes(this.model)),
+        this.buildChoices("size", "Image size", listSizes(this.model)),
         prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name))) : null,
         h("p", { class: "hint", id: "history-size" }),
       ),
