@@ -20,7 +20,7 @@ from t2i.networks.clip import CLIP
 from t2i.networks.upsampler import Upsampler
 from tests.helpers.stages import train
 
-SHIPPED = sorted(path for path in CONFIG_FOLDER.glob("*/*.yaml") if path.parent.name != "accelerate")
+SHIPPED = sorted(path for path in CONFIG_FOLDER.glob("*/*.yaml") if path.parent.name not in ("accelerate", "deploy"))
 PUBLIC = {
     "karlo",
     "kandinsky-2-1",
