@@ -6,10 +6,12 @@ Ray Serve starts and replaces the replicas, adds some while requests wait, and s
 replica does everything else as `t2i serve` does.
 """
 
+import threading
 from dataclasses import dataclass, fields
 from typing import Any
 
 from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.serving.gateway.log import open_request_log
 from t2i.pipelines.serving.server import ServerSettings, build_api
 from t2i.pipelines.serving.store import ImageStore
 
@@ -20,13 +22,16 @@ from t2i.shipped import find_shipped_folder
 # Requests in a replica beside those that draw or wait for their turn: refused ones, and those for models and images
 SPARE_REQUESTS = 64
 IMAGE_SECONDS = 30.0  # for an image between two machines
+METRICS_SECONDS = 10.0  # between two reports of the metrics to Ray
+# Settings of the server that Ray Serve decides, or that have no meaning for replicas of one model
+NOT_ARGUMENTS = ("port", "models", "devices", "workers", "limits")
 
 
 @dataclass(frozen=True)
 class RaySettings(ServerSettings):
     """Settings of the replicas: those of the server, each replica for itself, and those below.
 
-    `host` says where Ray Serve listens, for others than this machine's own need keys; `port` means nothing here.
+    `host` says where Ray Serve listens, for others than this machine's own need keys. `NOT_ARGUMENTS` are left out.
 
     Args:
         model: a folder that every machine has, or a repository on the hub; None is the shipped model.
@@ -56,7 +61,7 @@ def read_arguments(arguments: dict[str, Any]) -> RaySettings:
     """Return the settings of `serve run`'s NAME=VALUE arguments. Raises InputError for a name or value not allowed."""
     import yaml
 
-    known = {field.name: field for field in fields(RaySettings)}
+    known = {field.name: field for field in fields(RaySettings) if field.name not in NOT_ARGUMENTS}
     values = {}
     for name, value in arguments.items():
         if name not in known:
@@ -87,6 +92,10 @@ class Replica:
         model = settings.model or str(find_shipped_folder("models") / "emoji")
         source = ModelSource(model, device=settings.device, dtype=settings.dtype)
         self.api = build_api(source, settings, SharedStore(images))
+        open_request_log(settings.log_file)
+        # The route of the metrics would show those of any replica
+        self.closed = threading.Event()
+        threading.Thread(target=report_metrics, args=(self.api.metrics.registry, self.closed), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application, for Ray Serve."""
@@ -99,8 +108,25 @@ class Replica:
 
     def __del__(self) -> None:
         # Ray Serve has waited for the requests before
-        if hasattr(self, "api"):
+        if hasattr(self, "closed"):
+            self.closed.set()
             self.api.close()
+
+
+def report_metrics(registry: Any, closed: threading.Event) -> None:
+    """Hand the metrics to Ray again and again, until `closed`. Its machines export them, named ray_t2i_..., by replica.
+
+    All are gauges there; counters and histograms keep their values and the endings of their names.
+    """
+    from ray.serve.metrics import Gauge
+
+    gauges: dict[str, Any] = {}
+    while not closed.wait(METRICS_SECONDS):
+        for metric in registry.collect():
+            for sample in metric.samples:
+                if sample.name not in gauges:
+                    gauges[sample.name] = Gauge(sample.name, metric.documentation, tag_keys=tuple(sample.labels))
+                gauges[sample.name].set(sample.value, tags=dict(sample.labels))
 
 
 def build_app(arguments: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import socket
 import subprocess
 import sys
@@ -29,11 +30,12 @@ from t2i.pipelines.serving.ray_app import build_app
 ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
 serve.start(http_options={"port": int(sys.argv[1])})
 serve.run(build_app(dict(pair.split("=") for pair in sys.argv[2:])))
-print("ready", flush=True)
+print("metrics", ray.nodes()[0]["MetricsExportPort"], flush=True)
 sys.stdin.read()
 serve.shutdown()
 ray.shutdown()
 """
+SAMPLE = r'^ray_t2i_running_pictures{.*replica="([^"]+)"'  # of a replica; searched for line by line
 FEW_STEPS = {"prompt": "a red circle", "seed": 7, "steps": 3, "prior_steps": 3}
 LONG = {"prompt": "a red circle", "steps": 900, "stream": True, "progress": True}
 
@@ -63,7 +65,7 @@ def test_wrong_arguments_are_named(arguments, message):
 
 @contextmanager
 def run_cluster(**arguments: object):
-    """Run a Ray cluster with the application, until the end of the block."""
+    """Run a Ray cluster with the application, until the end of the block. Yields its address, and that of metrics."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -72,8 +74,8 @@ def run_cluster(**arguments: object):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         # Ray itself prints to it too
-        assert any(line == "ready\n" for line in process.stdout)
-        yield f"http://127.0.0.1:{port}"
+        metrics = next(line.split()[1] for line in process.stdout if line.startswith("metrics "))
+        yield f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics"
         process.communicate(timeout=120)
         assert process.returncode == 0
 
@@ -100,7 +102,7 @@ def test_two_replicas_draw_share_their_links_refuse_what_is_too_much_and_end_wha
 ):
     pytest.importorskip("ray", reason="Ray is not installed")
     limits = {"max_batch": 1, "max_queue": 0, "min_replicas": 2, "max_replicas": 2, "cpus": 0.5, "drain": 1}
-    with run_cluster(model=pipeline_folder, name="tiny", **limits) as address:
+    with run_cluster(model=pipeline_folder, name="tiny", **limits) as (address, metrics):
         url = f"{address}/v1/images/generations"
 
         # An image is that of its seed
@@ -129,3 +131,8 @@ def test_two_replicas_draw_share_their_links_refuse_what_is_too_much_and_end_wha
             assert time.monotonic() < end
             time.sleep(0.1)
         assert httpx2.get(f"{address}/health", timeout=60).status_code == 200
+
+        # Metrics of each replica
+        while len(set(re.findall(SAMPLE, httpx2.get(metrics, timeout=60).text, re.MULTILINE))) != 2:
+            assert time.monotonic() < end + 60
+            time.sleep(1)
