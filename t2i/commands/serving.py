@@ -110,9 +110,11 @@ def serve(
     from t2i.pipelines.serving.server import ServerSettings
     from t2i.pipelines.serving.server import serve as run_server
 
-    settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, tuple(alias or ()))
+    # The keys at once: without them a host that lets other machines in is refused
+    aliases = tuple(alias or ())
+    settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, aliases, keys=keys)
     settings = replace(settings, models=source.named_models, devices=source.devices, workers=workers)
     settings = replace(settings, max_n=max_n, public_url=public_url)
-    settings = replace(settings, keys=keys, max_queue_per_key=max_queue_per_key, cors=tuple(cors or ()))
+    settings = replace(settings, max_queue_per_key=max_queue_per_key, cors=tuple(cors or ()))
     settings = replace(settings, log_file=log_file, log_prompts=log_prompts)
     run_server(source.build(upsampler=upsampler), settings)

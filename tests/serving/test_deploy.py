@@ -17,6 +17,7 @@ import pytest
 import yaml
 from t2i.pipelines.serving.gateway.access import read_keys
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from t2i.cli import app
 from tests.serving.dockerfiles import Stage, build_stages, read_dockerfile
@@ -57,6 +58,17 @@ def parse(words: list[str]) -> dict:
 def test_the_server_is_started_by_options_that_it_has_and_only_for_clients_with_keys(where):
     options = parse(COMMANDS[where])
     assert options["host"] == "0.0.0.0" and str(options["keys"]).startswith("/run/secrets/")
+
+
+@pytest.mark.parametrize("where", COMMANDS)
+def test_the_commands_start_a_server_for_other_machines(where, tmp_path, monkeypatch):
+    keys, started = tmp_path / "keys", []
+    keys.write_text(f"me: {KEY}")
+    keys.chmod(0o600)
+    monkeypatch.setattr("t2i.pipelines.serving.server.serve", lambda source, settings: started.append(settings))
+    words = [str(keys) if word.startswith("/run/secrets/") else word for word in COMMANDS[where][1:]]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0 and started[0].host == "0.0.0.0" and started[0].build_access().keys is not None
 
 
 def test_all_files_name_one_port():
