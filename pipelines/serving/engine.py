@@ -52,7 +52,7 @@ class PreparedCondition:
 
     @cached_property
     def form(self) -> tuple:
-        """What conditions must have in common to be joined: their parts, and whether timesteps are prepared."""
+        """Parts that conditions must have in common to be joined, and whether timesteps are prepared."""
         return (self.timesteps is not None, *list_parts(self.condition))
 
 
