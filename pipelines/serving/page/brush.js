@@ -14,40 +14,13 @@ export function openBrush({ image, view, app }) {
   const side = Math.min(image.width, image.height);
   const brush = { erases: false, radius: Math.max(1, side / 12), maxRadius: side / 2 };
   const panel = { part: true };
+  const refresh = () => [stage.repaint, bar.update, areas.update, foot.update].forEach((update) => update());
 
-  // The image with the brush over it
-  const refresh = () => {
-    stage.repaint();
-    areas.update();
-    foot.update();
-    undo.disabled = !mask.done.length;
-    redo.disabled = !mask.undone.length;
-    const percent = (100 * mask.painted) / mask.data.length;
-    selected.textContent = percent > 0 && percent < 1 ? "Less than 1 % selected" : `${Math.round(percent)} % selected`;
-  };
-  const stage = buildStage({ image, mask, brush, onchange: refresh, onresize: (radius) => size.set(radius) });
-
-  // Its controls
-  const kind = choice({
-    label: "The brush",
-    options: [["paint", "Select"], ["erase", "Erase"]],
-    value: "paint",
-    onchange: (value) => (brush.erases = value === "erase"),
-  });
-  const size = buildSize(brush, stage);
-  const run = (action) => () => {
-    mask[action]();
-    refresh();
-  };
-  const undo = iconButton("undo", "Undo", run("undo"));
-  const redo = iconButton("redo", "Redo", run("redo"));
-  const invert = iconButton("invert", "Invert the selection", run("invert"));
-  const clear = iconButton("trash", "Clear the selection", run("clear"));
-  const bar = h("div", { class: "tool-bar" }, kind.element, h("div", { class: "tool-buttons" }, undo, redo, invert, clear), size.element);
-  const selected = h("span", { role: "status" });
-  const cost = describeCost(image, app.model.side ?? 0);
-  const amount = h("p", { class: "hint tool-amount" }, selected, cost && ` · ${cost}`);
-  const areas = buildAreas(mask, brush, refresh);
+  // The image with the brush over it, and the brush's controls
+  const stage = buildStage({ image, mask, brush, onchange: refresh, onresize: (radius) => bar.size.set(radius) });
+  const bar = buildBar({ mask, brush, stage, refresh, cost: describeCost(image, app.model.side ?? 0) });
+  const areas = buildAreas(mask, refresh);
+  const partControls = h("div", { class: "tool-group" }, bar.elements, areas.element);
 
   // What is to be drawn
   const prompt = textField({
@@ -55,16 +28,9 @@ export function openBrush({ image, view, app }) {
     value: image.prompt,
     hint: "Describe all of it, not only the part that changes.",
   });
-  const strength = range({
-    label: "How much changes",
-    min: 0.05,
-    max: 1,
-    step: 0.05,
-    value: DEFAULT_STRENGTH,
-    format: (value) => `${Math.round(100 * value)} %`,
-  });
-  const count = countChoice();
-  const partControls = h("div", { class: "tool-group" }, bar, amount, areas.element);
+  const percent = (value) => `${Math.round(100 * value)} %`;
+  const strength = range({ label: "How much changes", min: 0.05, max: 1, step: 0.05, value: DEFAULT_STRENGTH, format: percent });
+  strength.element.hidden = true;
   const mode = choice({
     label: "What changes",
     options: [["part", "A part"], ["whole", "All of it"]],
@@ -77,37 +43,57 @@ export function openBrush({ image, view, app }) {
       foot.update();
     },
   });
-  strength.element.hidden = true;
+  const count = countChoice();
   const foot = drawFoot({
     text: "Draw",
     inputs: [prompt.input],
     explain: () => (prompt.input.value.trim() ? (panel.part ? explainMask(mask) : null) : "Say what the image shows."),
-    draw: () => draw(),
+    async draw() {
+      const text = prompt.input.value.trim();
+      const fields = { ...app.settings("edits"), prompt: text, seed: app.seed(), n: Number(count.value()) };
+      const kind = panel.part ? { fields, mask: await encodeMask(mask) } : { fields: { ...fields, strength: strength.input.valueAsNumber } };
+      app.draw([{ route: "edits", images: [image], ...kind }], { title: shorten(text), layout: "grid", parents: [image] });
+      view.close();
+    },
   });
 
-  async function draw() {
-    const text = prompt.input.value.trim();
-    const fields = { ...app.settings("edits"), prompt: text, seed: app.seed(), n: Number(count.value()) };
-    const request = { route: "edits", fields, images: [image] };
-    if (panel.part) request.mask = await encodeMask(mask);
-    else fields.strength = Number(strength.input.value);
-    app.draw([request], { title: shorten(text), layout: "grid", parents: [image] });
-    view.close();
-  }
-
-  view.body.append(
-    h(
-      "div",
-      { class: "tool-layout" },
-      h("div", { class: "tool-work" }, stage.element),
-      h("div", { class: "tool-panel" }, mode.element, partControls, prompt.element, strength.element),
-    ),
-  );
+  const controls = [mode.element, partControls, prompt.element, strength.element];
+  view.body.append(h("div", { class: "tool-layout" }, h("div", { class: "tool-work" }, stage.element), h("div", { class: "tool-panel" }, controls)));
   view.actions.append(count.element, ...foot.elements);
+  view.dialog.addEventListener("close", stage.close, { once: true });
+  listenForKeys(view, { mask, brush, panel, bar, refresh });
   stage.element.focus({ preventScroll: true });
-  listenForKeys(view, { mask, brush, panel, kind, size, refresh });
-  view.dialog.addEventListener("close", () => stage.close(), { once: true });
   refresh();
+}
+
+/** What the brush does, its size, undo and redo, and how much is selected. Returns {elements, kind, size, update}. */
+function buildBar({ mask, brush, stage, refresh, cost }) {
+  const kind = choice({
+    label: "The brush",
+    options: [["paint", "Select"], ["erase", "Erase"]],
+    value: "paint",
+    onchange: (value) => (brush.erases = value === "erase"),
+  });
+  const size = buildSize(brush, stage);
+  const build = (icon, label, action) =>
+    iconButton(icon, label, () => {
+      mask[action]();
+      refresh();
+    });
+  const [undo, redo] = [build("undo", "Undo", "undo"), build("redo", "Redo", "redo")];
+  const others = [build("invert", "Invert the selection", "invert"), build("trash", "Clear the selection", "clear")];
+  const selected = h("span", { role: "status" });
+  const elements = [
+    h("div", { class: "tool-bar" }, kind.element, h("div", { class: "tool-buttons" }, undo, redo, others), size.element),
+    h("p", { class: "hint tool-amount" }, selected, cost && ` · ${cost}`),
+  ];
+  const update = () => {
+    undo.disabled = !mask.done.length;
+    redo.disabled = !mask.undone.length;
+    const percent = (100 * mask.painted) / mask.data.length;
+    selected.textContent = percent > 0 && percent < 1 ? "Less than 1 % selected" : `${Math.round(percent)} % selected`;
+  };
+  return { elements, kind, size, update };
 }
 
 /** The slider of the brush's diameter, in pixels of the image. */
@@ -136,7 +122,7 @@ function buildSize(brush, stage) {
 }
 
 /** Nine buttons that select, or erase, a ninth of the image each: for those who do not draw with a pointer. */
-function buildAreas(mask, brush, refresh) {
+function buildAreas(mask, refresh) {
   const areas = listAreas(mask.width, mask.height);
   const buttons = areas.map((area) =>
     h("button", {
@@ -164,7 +150,7 @@ function buildAreas(mask, brush, refresh) {
 }
 
 /** Keys of the whole dialog: undo and redo, size, erase. */
-function listenForKeys(view, { mask, brush, panel, kind, size, refresh }) {
+function listenForKeys(view, { mask, brush, panel, bar, refresh }) {
   view.dialog.addEventListener("keydown", onKey);
   view.dialog.addEventListener("close", () => view.dialog.removeEventListener("keydown", onKey), { once: true });
 
@@ -178,9 +164,9 @@ function listenForKeys(view, { mask, brush, panel, kind, size, refresh }) {
       refresh();
     } else if (key === "[" || key === "]") {
       const step = Math.max(1, Math.round(0.2 * brush.radius));
-      size.set(brush.radius + (key === "]" ? step : -step));
+      bar.size.set(brush.radius + (key === "]" ? step : -step));
     } else if (key === "e" || key === "b") {
-      kind.select(key === "e" ? "erase" : "paint");
+      bar.kind.select(key === "e" ? "erase" : "paint");
     } else return;
     event.preventDefault();
   }

@@ -12,68 +12,34 @@ const MAX_PER_REQUEST = 10; // images, where the server does not say
 /** Fill a dialog with the things to mix, images to start with. */
 export function openMix({ images, view, app }) {
   const state = { anchors: [], strip: false };
-  let frames = null;
-
-  // The things in the mix
-  const list = h("ol", { class: "anchors", "aria-label": "In the mix" });
-  const bar = h("div", { class: "mix-bar", "aria-hidden": "true" });
-  const stops = h("ol", { class: "strip-stops large", "aria-label": "The strip" });
-  const canvas = h("div", { class: "board mix-board" }, bar, stops, h("p", { class: "hint mix-empty" }, "Add images or texts, or drop images here."));
   const planRows = () => planStrip(state.anchors.length, frames.input.valueAsNumber);
-
   function update() {
-    const shares = normalizeWeights(state.anchors.map((anchor) => anchor.weight)) ?? state.anchors.map(() => 0);
+    const { anchors, strip } = state;
+    const shares = normalizeWeights(anchors.map((anchor) => anchor.weight)) ?? anchors.map(() => 0);
     const percents = roundShares(shares);
-    state.anchors.forEach((anchor, place) => anchor.row.show(percents[place], place, state));
-    bar.replaceChildren(...state.anchors.map((anchor, place) => buildPart(anchor, shares[place], percents[place])));
-    bar.hidden = state.strip || !state.anchors.length;
-    stops.hidden = !state.strip || state.anchors.length < 2;
-    if (!stops.hidden) stops.replaceChildren(...planRows().map((row) => buildStop(state.anchors, row)));
-    canvas.classList.toggle("bare", !state.anchors.length);
-    addText.disabled = !limitAnchors(state.anchors).text;
-    addImage.disabled = !limitAnchors(state.anchors).image;
-    count.element.hidden = state.strip || !state.anchors.some((anchor) => anchor.text !== undefined);
+    anchors.forEach((anchor, place) => anchor.row.show(percents[place], place, state));
+    canvas.update({ anchors, shares, percents, rows: strip ? planRows() : null });
+    const room = limitAnchors(anchors);
+    [addImage.disabled, addText.disabled] = [!room.image, !room.text];
+    count.element.hidden = strip || !anchors.some((anchor) => anchor.text !== undefined);
     foot.update();
   }
 
-  function add(found, { focus = false } = {}) {
-    if (!limitAnchors(state.anchors)[found.text === undefined ? "image" : "text"]) return;
-    const anchor = { ...found, weight: 50 };
-    anchor.row = buildRow(anchor, {
-      change: update,
-      remove() {
-        const place = state.anchors.indexOf(anchor);
-        state.anchors.splice(place, 1);
-        anchor.row.element.remove();
-        update();
-        // The focus stays in the list
-        (state.anchors[Math.min(place, state.anchors.length - 1)]?.row.remove ?? addImage).focus();
-      },
-      raise() {
-        const place = state.anchors.indexOf(anchor);
-        state.anchors.splice(place, 1);
-        state.anchors.splice(place - 1, 0, anchor);
-        list.insertBefore(anchor.row.element, list.children[place - 1]);
-        update();
-        (anchor.row.raise.disabled ? anchor.row.remove : anchor.row.raise).focus();
-      },
-    });
-    state.anchors.push(anchor);
-    list.append(anchor.row.element);
-    update();
-    if (focus) anchor.row.focus();
-  }
-
-  // More of them
-  const addImage = textButton("Add images", async () => {
+  // The things in the mix, and more of them
+  const canvas = buildCanvas();
+  const addImage = textButton("Add images", () => addChosen(), "quiet");
+  const addText = textButton("Add a text", () => list.add({ text: "" }).focus(), "quiet");
+  const list = buildList(state, update, addImage);
+  async function addChosen() {
     const chosen = await app.choose({ title: "Add to the mix", multiple: true });
-    for (const item of chosen) add({ item });
+    for (const item of chosen) list.add({ item });
     addImage.focus();
-  }, "quiet");
-  const addText = textButton("Add a text", () => add({ text: "" }, { focus: true }), "quiet");
-  takeFiles(view, app, canvas, (item) => add({ item }));
+  }
+  takeFiles(view, app, canvas.element, (item) => list.add({ item }));
 
   // A mix, or a strip
+  const frames = range({ label: "Images from each to the next", min: 3, max: 11, step: 1, value: DEFAULT_FRAMES, oninput: update });
+  frames.element.hidden = true;
   const mode = choice({
     label: "What to draw",
     options: [["mix", "One mix"], ["strip", "A strip"]],
@@ -84,8 +50,6 @@ export function openMix({ images, view, app }) {
       update();
     },
   });
-  frames = range({ label: "Images from each to the next", min: 3, max: 11, step: 1, value: DEFAULT_FRAMES, oninput: () => update() });
-  frames.element.hidden = true;
   const count = countChoice();
   const foot = drawFoot({
     text: "Draw",
@@ -96,17 +60,66 @@ export function openMix({ images, view, app }) {
     },
   });
 
-  view.body.append(
-    h(
-      "div",
-      { class: "tool-layout" },
-      h("div", { class: "tool-work" }, canvas),
-      h("div", { class: "tool-panel" }, mode.element, frames.element, list, h("div", { class: "tool-chips" }, addImage, addText)),
-    ),
-  );
+  const controls = [mode.element, frames.element, list.element, h("div", { class: "tool-chips" }, addImage, addText)];
+  view.body.append(h("div", { class: "tool-layout" }, h("div", { class: "tool-work" }, canvas.element), h("div", { class: "tool-panel" }, controls)));
   view.actions.append(count.element, ...foot.elements);
-  for (const item of images) add({ item });
+  for (const item of images) list.add({ item });
   update();
+}
+
+/** What a mix or a strip will be of, before it is drawn. Returns {element, update}. */
+function buildCanvas() {
+  const bar = h("div", { class: "mix-bar", "aria-hidden": "true" });
+  const stops = h("ol", { class: "strip-stops large", "aria-label": "The strip" });
+  const hint = h("p", { class: "hint mix-empty" }, "Add images or texts, or drop images here.");
+  const element = h("div", { class: "board mix-board" }, bar, stops, hint);
+  /** rows: of a strip; null for a mix. */
+  const update = ({ anchors, shares, percents, rows }) => {
+    bar.replaceChildren(...anchors.map((anchor, place) => buildPart(anchor, shares[place], percents[place])));
+    stops.replaceChildren(...(rows ?? []).map((row) => buildStop(anchors, row)));
+    bar.hidden = rows !== null || !anchors.length;
+    stops.hidden = !rows?.length;
+    element.classList.toggle("bare", !anchors.length);
+  };
+  return { element, update };
+}
+
+/** The list of what is mixed. other: what gets the focus when the list is empty. Returns {element, add}. */
+function buildList(state, update, other) {
+  const element = h("ol", { class: "anchors", "aria-label": "In the mix" });
+
+  function remove(anchor) {
+    const { anchors } = state;
+    const place = anchors.indexOf(anchor);
+    anchors.splice(place, 1);
+    anchor.row.element.remove();
+    update();
+    // The focus stays in the list
+    (anchors[Math.min(place, anchors.length - 1)]?.row.remove ?? other).focus();
+  }
+
+  function raise(anchor) {
+    const { anchors } = state;
+    const place = anchors.indexOf(anchor);
+    anchors.splice(place, 1);
+    anchors.splice(place - 1, 0, anchor);
+    element.insertBefore(anchor.row.element, element.children[place - 1]);
+    update();
+    (anchor.row.raise.disabled ? anchor.row.remove : anchor.row.raise).focus();
+  }
+
+  /** Add an image, {item}, or a text, {text}, and return its row; null if there is no room. */
+  function add(found) {
+    if (!limitAnchors(state.anchors)[found.text === undefined ? "image" : "text"]) return null;
+    const anchor = { ...found, weight: 50 };
+    anchor.row = buildRow(anchor, { change: update, remove: () => remove(anchor), raise: () => raise(anchor) });
+    state.anchors.push(anchor);
+    element.append(anchor.row.element);
+    update();
+    return anchor.row;
+  }
+
+  return { element, add };
 }
 
 /** Start drawing a mix, or a strip. */

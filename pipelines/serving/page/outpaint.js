@@ -9,7 +9,6 @@ const MAX_PIXELS = 4_000_000; // what a person waits for
 const MAX_TIMES_SIDE = 8; // sides of the model's square along the longer side
 const MIN_AREA = 0.75; // of the model's square, as the pipelines ask for
 const STEP = 8; // pixels of the image: the frame goes in such steps, numbers may be any
-const TURN_MS = 180;
 // Each handle, and the sides that it moves
 const HANDLES = [["left"], ["right"], ["top"], ["bottom"], ["left", "top"], ["right", "top"], ["left", "bottom"], ["right", "bottom"]];
 const NAMES = { left: "Left", right: "Right", top: "Top", bottom: "Bottom" };
@@ -198,7 +197,6 @@ function buildFrameStage({ image, limits, state, set }) {
     target.style.height = share(height);
   }
 
-  area.style.setProperty("--turn", `${TURN_MS}ms`);
   return { element, update };
 }
 

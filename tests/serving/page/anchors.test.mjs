@@ -22,6 +22,15 @@ test("images come first, then texts, and so do their shares", () => {
   assert.deepEqual(texts, { route: "generations", fields: { texts: ["sun", "rain"], weights: [0.25, 0.75] }, images: [] });
 });
 
+test("what has no share is left out, but two things stay", () => {
+  const build = (things, shares) => {
+    const { fields, images } = anchors.buildMixRequest(things, shares, {});
+    return [images.map((item) => item.prompt), fields.texts, fields.weights];
+  };
+  assert.deepEqual(build([cat, dog, bird], [0, 0.5, 0.5]), [["a dog", "a bird"], undefined, [0.5, 0.5]]);
+  assert.deepEqual(build([cat, text("snow"), dog], [0, 1, 0]), [["a dog"], ["snow"], [0, 1]]);
+});
+
 test("a strip is one request, or several with what has a share in each", () => {
   const [one] = anchors.buildStripRequests([cat, text("snow")], [[1, 0], [0.5, 0.5], [0, 1]], { seed: 3 }, 10);
   assert.deepEqual(one, {

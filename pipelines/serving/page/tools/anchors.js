@@ -25,8 +25,12 @@ export function explainMix(anchors, count, maxCount) {
 
 /** The request of one mix. shares: of the anchors. */
 export function buildMixRequest(anchors, shares, fields) {
-  const { request, order } = buildRequest(anchors, fields);
-  request.fields.weights = order.map((place) => round(shares[place]));
+  // What has no share would be computed in vain, but two things make a mix
+  const used = new Set(anchors.keys());
+  for (const place of anchors.keys()) if (shares[place] === 0 && used.size > 2) used.delete(place);
+  const places = [...used];
+  const { request, order } = buildRequest(places.map((place) => anchors[place]), fields);
+  request.fields.weights = order.map((place) => round(shares[places[place]]));
   return request;
 }
 

@@ -63,7 +63,9 @@ export function drawFoot({ text, inputs = [], explain, draw }) {
   };
   button.addEventListener("click", () => {
     update();
-    if (reason.textContent === "") draw();
+    if (reason.textContent !== "") return;
+    button.disabled = true; // it draws once
+    draw();
   });
   for (const input of inputs) {
     input.addEventListener("input", update);

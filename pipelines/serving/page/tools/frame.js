@@ -1,10 +1,9 @@
 // The frame around an image that is to be painted larger: its margins and their limits. No browser is needed.
 
 export const SIDES = ["left", "right", "top", "bottom"];
-const MIN_COST = 2.5; // images, below which a cost is not worth a word
 export const NO_MARGINS = { left: 0, right: 0, top: 0, bottom: 0 };
 
-const OPPOSITE = { left: "right", right: "left", top: "bottom", bottom: "top" };
+const MIN_COST = 2.5; // images, below which a cost is not worth a word
 
 function isHorizontal(side) {
   return side === "left" || side === "right";
@@ -84,10 +83,4 @@ export function chooseView(image, margins, limits) {
     top: view.top - (side - view.height) / 2,
     side,
   };
-}
-
-/** The side that a key of the keyboard moves outwards, and the one that it moves inwards. */
-export function chooseSide(key) {
-  const outwards = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "top", ArrowDown: "bottom" }[key];
-  return outwards ? { outwards, inwards: OPPOSITE[outwards] } : null;
 }
