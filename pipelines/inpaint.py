@@ -190,13 +190,17 @@ class InpaintPipeline(UnCLIPPipeline):
         return F.pad(x, (0, right, 0, bottom), mode="constant" if x.shape[1] == 1 else "replicate")
 
     def check_canvas_size(self, images: Tensor) -> None:
-        """Refuse images with fewer pixels than the shapes that a decoder may have been trained on."""
+        """Refuse images with fewer pixels than the shapes that a decoder may have been trained on.
+
+        Windows cover larger images with parts of the trained size. For a smaller one there is no such part: it would
+        be denoised as a whole, at an area that no training has, and would not show what the prompt says.
+        """
         height, width = images.shape[-2:]
         if height * width < MIN_AREA * self.image_size**2:
             square = f"{self.image_size} x {self.image_size}"
             raise InputError(
-                f"image is {width} x {height} pixels; this model paints images of about {square} or more: "
-                "enlarge it, or outpaint it to that size"
+                f"image is {width} x {height} pixels, fewer than three quarters of the {square} that this model was "
+                "trained on: it was shown nothing so small; enlarge it, or outpaint it to that size"
             )
 
 

@@ -89,7 +89,7 @@ def is_compile_supported(device: Any) -> bool:
 
 @contextmanager
 def defer_compiler() -> Iterator[None]:
-    """Let libraries be imported without torch's compiler. Afterwards the first use imports it."""
+    """Let libraries be imported without torch's compiler and scipy.stats. Afterwards the first use imports them."""
     import torch
 
     spec = find_spec(COMPILER)
@@ -101,12 +101,17 @@ def defer_compiler() -> Iterator[None]:
     decorators = dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), keep_function)
     vars(compiler).update(decorators, eval_frame=NoCompiledModel)
     vars(utils).update(is_compile_supported=is_compile_supported)
-    sys.modules.update({COMPILER: compiler, utils.__name__: utils})
+    # diffusers' schedulers import scipy.stats where scipy is installed, for spacings that few use
+    stand_ins = {COMPILER: compiler, utils.__name__: utils, "scipy.stats": ModuleType("scipy.stats")}
+    sys.modules.update(stand_ins)
     try:
         yield
     finally:
-        if isinstance(compiler, DeferredCompiler):
-            del sys.modules[COMPILER], sys.modules[utils.__name__]
+        is_deferred = isinstance(compiler, DeferredCompiler)
+        for name, module in stand_ins.items():
+            if sys.modules.get(name) is module and (is_deferred or name != COMPILER):
+                del sys.modules[name]
+        if is_deferred:
             torch._dynamo = LaterCompiler()
 
 

@@ -22,6 +22,7 @@ NEEDLESS = (
     "timm",
     "torch._dynamo",
     "triton",
+    "scipy.stats",
 )
 
 
@@ -41,6 +42,10 @@ with speed_up_imports():  # torch is there already: nothing is to be gained
 import torch
 from diffusers.utils.torch_utils import is_compiled_module
 assert not is_compiled_module(torch.nn.Identity())
+from diffusers import DPMSolverMultistepScheduler
+betas = DPMSolverMultistepScheduler(use_beta_sigmas=True)  # calls scipy.stats
+betas.set_timesteps(4)
+assert len(betas.timesteps) == 4 and 'scipy.stats' in sys.modules
 assert 'torch._dynamo' not in sys.modules
 import peft, timm  # which were left out, and can be had
 compiled = torch.compile(torch.nn.Identity(), backend='eager')

@@ -366,7 +366,7 @@ def test_the_part_around_the_mask_is_painted_at_the_trained_size(inpaint, paddin
         ({"mask_image": torch.full((32, 32), 2.0)}, "mask_image has values of float32"),
         (
             {"image": picture(20, 32)},
-            "image is 20 x 32 pixels; this model paints images of about 32 x 32 or more",
+            "image is 20 x 32 pixels, fewer than three quarters of the 32 x 32 that this model was trained on",
         ),
         ({"padding_mask_crop": -1}, "padding_mask_crop must be an integer from 0 to 4096"),
         ({"padding_mask_crop": 4, "output_type": "latent"}, "padding_mask_crop needs images"),

@@ -115,7 +115,8 @@ def read_fixed_records(dataset: CaptionedPictures, count: int) -> Batch | None:
     keys = choose_fixed_keys(len(dataset), count)
     if not keys:
         return None
-    # Squares, whatever shapes are trained on, so that the images are one tensor
+    # Squares, whatever shapes are trained on, so that the images are one tensor. The previews of a decoder have the
+    # shapes of its samples; those of a prior are squares too, for its samples are what CLIP sees
     side = dataset.config.image_size
     batch, views = dataset.read_views(keys, (side, side))
     return replace(batch, image=torch.stack([view.image for view in views]))
