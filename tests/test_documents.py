@@ -8,9 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from t2i.pipelines.serving.api.fields import FIELDS, PATHS
+from t2i.pipelines.serving.api.values import Choice, Number
 from typer.main import get_command
 
 from t2i.cli import app
+from t2i.diffusion.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -102,3 +105,28 @@ def test_commands_parse(page):
         while hasattr(command, "commands"):
             command = command.commands[arguments.pop(0)]
         command.make_context("t2i", arguments)
+
+
+def test_the_page_of_the_server_has_every_field_with_its_routes_and_its_values():
+    page = (ROOT / "docs/how-to/serve.md").read_text()
+    found = {}
+    for routes, *cells in re.findall(r"^\| ([GEVU]+) \|(.*)\|(.*)\|$", page, re.MULTILINE):
+        for clause in "; ".join(cells).split(";"):
+            values = re.sub(r"`\w+`", "", clause)
+            found |= {name: (routes, values) for name in re.findall(r"`(\w+)`", clause)}
+    expected = {name: field.routes.upper().replace("T", "") for name, field in FIELDS.items()}
+    assert {name: routes for name, (routes, _) in found.items()} == expected
+    for name, field in FIELDS.items():
+        match getattr(field.kind, "each", field.kind):
+            case Number(low, high):
+                assert f"{low:.16g} to {high:.16g}" in found[name][1], name
+            case Choice(choices) if choices != tuple(SAMPLERS):
+                assert [choice for choice in choices if not re.search(rf"\b{choice}\b", found[name][1])] == [], name
+    links = ("GET /v1/models", "GET /health", "/ready", "/metrics", *(f"POST {path}" for path in PATHS))
+    assert [link for link in links if f"`{link}`" not in page] == []
+
+
+def test_options_on_the_page_of_the_server_exist():
+    page = (ROOT / "docs/how-to/serve.md").read_text()
+    options = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) - options == set()
