@@ -48,6 +48,7 @@ def plan_upload(folder: Path, repository: str) -> Upload:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise InputError(f"{repository!r:.100} is no name on the hub: {format_error(error)}") from error
+    # The hub would put a bare name below the user's own account
     if repository.count("/") != 1:
         raise InputError(f"{repository!r:.100} must be ORGANISATION/NAME, or USER/NAME")
     if not is_folder(folder):
@@ -90,6 +91,7 @@ def push_folder(upload: Upload, public: bool = False) -> str:
     disable_progress_bars()
     api, name = HfApi(library_name="t2i", library_version=__version__), upload.repository
     with explain_refusal(name):
+        # The visibility is compared first: an existing repository keeps its own, whatever create_repo asks for
         try:
             is_private = bool(api.model_info(name).private)
         except RepositoryNotFoundError:

@@ -64,6 +64,7 @@ class Task:
     def list_stages(self) -> dict[str, int]:
         """Return the stages of the drawing, in their order, and about how many steps each has."""
         prior, decoder = self.resolved
+        # Strength skips the first steps of the decoder
         stages = {"inversion": decoder.num_inference_steps} if self.inverts else {}
         if self.uses_prior and self.pipeline.prior.needs_scheduler:
             stages["prior"] = prior.prior_num_inference_steps
@@ -186,6 +187,7 @@ class InpaintTask(ImageTask):
         width, height = self.request.image.size
         check_enlarged_size(width, height, margins)
         # Without values: its sides are checked and padded as those of the image will be
+        # Meta tensors cost no memory, whatever the client asks for
         canvas = torch.empty(1, 1, height + top + bottom, width + left + right, device="meta")
         self.pipeline.check_canvas_size(canvas)
         height, width = self.pipeline.pad_to_latent_cells(canvas).shape[-2:]
@@ -254,6 +256,7 @@ class MixTask(Task):
         check_stage_inputs(self.pipeline, None, decoder, self.request.count)
 
     def draw(self) -> list[Image.Image]:
+        # A strip is one call with one seed; other mixes are a call for each seed
         generators = self.request.generators[:1] if self.is_strip else self.request.generators
         call = self.inputs | self.arguments | {"resolved": self.resolved}
         return [image for stream in generators for image in self.pipeline(**call, generator=stream).images]

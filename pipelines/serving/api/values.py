@@ -61,6 +61,7 @@ class Flag:
     """True or false."""
 
     def read(self, name: str, value: Any) -> bool:
+        # Forms have texts, JSON has true and false; 1 and 0 are more likely a mistake
         found = {"true": True, "false": False}.get(str(value).lower())
         if found is None or not isinstance(value, bool | str):
             raise build_field_error(name, f"{name} must be true or false, got {describe_value(value)}")
@@ -124,6 +125,7 @@ class Weights:
     def read(self, name: str, value: Any) -> list[float] | list[list[float]]:
         each, values = Number(0, 1e6), parse_list(value)
         values = [parse_list(item) for item in values] if isinstance(values, list) else values
+        # One list of numbers is a single row
         rows = values if isinstance(values, list) and values and isinstance(values[0], list) else [values]
         if not all(isinstance(row, list) and 0 < len(row) <= MAX_LIST**2 for row in rows) or len(rows) > MAX_LIST:
             raise build_field_error(name, f"{name} must be {self.describe()}, got {describe_value(value)}")
@@ -183,6 +185,7 @@ def parse_list(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
+        # What is no JSON is refused where its elements are read, with the name of the field
         try:
             return json.loads(value)
         except (ValueError, RecursionError):

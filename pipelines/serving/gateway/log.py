@@ -50,6 +50,7 @@ class LogEntry:
 
     def mark_job(self, ticket: Ticket | None) -> None:
         """End the stages of a job, which may have left the queue before its turn."""
+        # A job that was cancelled in the queue has drawn nothing
         started = None if ticket is None else ticket.started
         self.mark("queue", started)
         if started is not None:
@@ -99,6 +100,7 @@ def open_request_log(path: str | Path | None) -> None:
             handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
         except OSError as error:
             raise InputError(f"log-file {str(path)!r} cannot be written: {error.strerror}") from error
+    # A server that starts again in the same process, as in tests, writes each line once
     for other in REQUEST_LOG.handlers[:]:
         REQUEST_LOG.removeHandler(other)
     REQUEST_LOG.addHandler(handler)
