@@ -16,12 +16,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
-from t2i.pipelines.serving.rows import ROW_COUNTS, list_parts, round_up_rows
+from t2i.pipelines.serving.rows import DENOISERS, ROW_COUNTS, EngineCounts, list_parts, round_up_rows
 from torch import Tensor
 
 from t2i.diffusion.condition import Condition
@@ -29,7 +29,6 @@ from t2i.runtime.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-DENOISERS = ("prior", "decoder", "upsampler")
 MERGED = ("prior", "decoder")  # an upsampler's steps are of windows of any size, and run alone
 MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
 HEARTBEAT_SECONDS = 1.0
@@ -78,25 +77,6 @@ class Drawing:
     cancelled: threading.Event  # its next step ends it; see `StepEngine.cancel`
     is_stepping: bool = False  # it takes steps: the others wait for its next one
     waiting: StepCall | None = None
-
-
-@dataclass
-class EngineCounts:
-    """Counts of the engine's work since it started."""
-
-    calls: int = 0  # of networks
-    rows: int = 0  # that requests waited for
-    added_rows: int = 0  # by rounding up
-    wasted_rows: int = 0  # of requests that were cancelled while a step ran
-    longest: float = 0.0  # seconds of a call
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DENOISERS, 0.0))
-
-    def add(self, other: "EngineCounts") -> "EngineCounts":
-        """Return the counts of two engines together."""
-        numbers = {name: getattr(self, name) + getattr(other, name) for name in ("calls", "rows", "added_rows")}
-        numbers["wasted_rows"] = self.wasted_rows + other.wasted_rows
-        seconds = {name: self.seconds[name] + other.seconds[name] for name in self.seconds}
-        return EngineCounts(**numbers, longest=max(self.longest, other.longest), seconds=seconds)
 
 
 class StepEngine:
@@ -311,6 +291,7 @@ class StepEngine:
         """Run steps in one call, and hand each its rows. If that fails they run alone, or halved if memory is short."""
         start = time.perf_counter()
         try:
+            self.counts.running_rows = count_rows(calls)
             results: Iterable[Tensor] = self.call_network(calls)
         except BaseException as error:
             # Contexts take memory, which may be what is short
@@ -326,10 +307,11 @@ class StepEngine:
                 for call in calls:
                     self.run_group([call])
             return
+        finally:
+            self.counts.running_rows = 0
         seconds = time.perf_counter() - start
         self.last_heartbeat = time.monotonic()
-        self.counts.seconds[calls[0].denoiser] += seconds
-        self.counts.longest = max(self.counts.longest, seconds)
+        self.counts.add_call(calls[0].denoiser, count_rows(calls), seconds)
         self.finish_calls(calls, results)
 
     def finish_calls(
@@ -351,9 +333,6 @@ class StepEngine:
             # Any row will do: its result is cut off
             x, t = (torch.cat([part, part[-1:].expand(added, *part.shape[1:])]) for part in (x, t))
         result = self.methods[calls[0].denoiser][1](x, t, context)
-        self.counts.calls += 1
-        self.counts.rows += rows
-        self.counts.added_rows += added
         return iter(result[:rows].split([len(call.x) for call in calls]))
 
     def get_context(self, calls: list[StepCall], added: int) -> Any:

@@ -103,5 +103,6 @@ def open_request_log(path: str | Path | None) -> None:
     # A server that starts again in the same process, as in tests, writes each line once
     for other in REQUEST_LOG.handlers[:]:
         REQUEST_LOG.removeHandler(other)
+        other.close()
     REQUEST_LOG.addHandler(handler)
     REQUEST_LOG.setLevel(logging.INFO)

@@ -1,12 +1,16 @@
 """Metrics for Prometheus: what was asked for, how long it took, and what the engines do."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from math import inf
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from t2i.pipelines.serving.gateway.log import CLIENT_GONE, LogEntry
+from t2i.pipelines.serving.rows import CALL_SECONDS, ROW_COUNTS
 from t2i.pipelines.serving.service import Service
 
 # Seconds: drawings take from a second to minutes
@@ -71,9 +75,22 @@ class ServiceCollector(Collector):
         """Yield the metrics of all services."""
         queued = GaugeMetricFamily("t2i_queue_pictures", "Images that wait for their turn.", labels=["model"])
         running = GaugeMetricFamily("t2i_running_pictures", "Images that are drawn now.", labels=["model"])
+        stepping = GaugeMetricFamily("t2i_running_rows", "Rows of the calls that run now.", labels=["model"])
         wasted = CounterMetricFamily("t2i_wasted_rows", "Rows that nobody waited for any more.", labels=["model"])
+        rows = HistogramMetricFamily("t2i_batch_rows", "Rows of a call of a network.", labels=["model"])
+        steps = HistogramMetricFamily("t2i_step_seconds", "A call of a network.", labels=["model", "stage"])
         for service in self.list_services():
-            queued.add_metric([service.name], service.admission.queued_images)
-            running.add_metric([service.name], service.admission.running_images)
-            wasted.add_metric([service.name], sum(drawer.counts.wasted_rows for drawer in service.drawers))
-        yield from (queued, running, wasted)
+            counts, name = service.counts, service.name
+            queued.add_metric([name], service.admission.queued_images)
+            running.add_metric([name], service.admission.running_images)
+            stepping.add_metric([name], counts.running_rows)
+            wasted.add_metric([name], counts.wasted_rows)
+            rows.add_metric([name], accumulate_spread(ROW_COUNTS, counts.rows_spread), counts.rows)
+            for stage, spread in counts.seconds_spread.items():
+                steps.add_metric([name, stage], accumulate_spread(CALL_SECONDS, spread), counts.seconds[stage])
+        yield from (queued, running, stepping, wasted, rows, steps)
+
+
+def accumulate_spread(bounds: Iterable[float], spread: list[int]) -> list[tuple[str, float]]:
+    """Return how many values are at most each bound, as Prometheus has histograms."""
+    return [(floatToGoString(bound), float(total)) for bound, total in zip((*bounds, inf), accumulate(spread))]
