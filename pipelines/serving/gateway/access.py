@@ -41,6 +41,7 @@ class Keys:
 
     def find_name(self, given: str) -> str | None:
         """Return the name of a key; None for an unknown one. The time that it takes says nothing about the keys."""
+        # Every key is compared, also after the right one
         digest, found = hash_key(given), None
         for name, known in self.digests.items():
             if hmac.compare_digest(digest, known):
@@ -58,6 +59,7 @@ def read_keys(path: str | Path) -> Keys:
 
     Raises InputError for a file that every user can read, and for a line that is no key.
     """
+    # Before a line is read: whoever shares the machine may have read it too
     path = Path(path)
     try:
         if os.name == "posix" and (mode := path.stat().st_mode) & 0o027:
@@ -132,6 +134,7 @@ class Access:
         origin = headers.get("origin")
         if origin is None or origin in self.cors:
             return
+        # The page of this server names it as the request does, with a scheme that a proxy may have changed
         own = {normalize_origin(f"{scheme}://{headers.get('host', '')}") for scheme in DEFAULT_PORTS}
         if self.public_url is not None:
             own.add(normalize_origin("://".join(urlsplit(self.public_url)[:2])))

@@ -63,6 +63,7 @@ class GuardedConnection(H11Protocol):
 
     def check(self, now: float) -> None:
         """Close the connection if its time is over."""
+        # A slow reader makes progress; one that reads nothing makes none
         unsent = self.transport.get_write_buffer_size()
         if not unsent:
             self.blocked_since = None

@@ -28,6 +28,7 @@ class DrainingServer(uvicorn.Server):
         connection: Any = partial(GuardedConnection, limits=limits)
         config = uvicorn.Config(
             api.build_app(),
+            # Whatever else is installed: limits of connections are those of this loop and this parser
             loop="asyncio",
             http=connection,
             ws="none",
@@ -72,6 +73,7 @@ class DrainingServer(uvicorn.Server):
                 print(f"shutting down: {what}", file=sys.stderr, flush=True)
         if self.signals > 1:
             self.stops_at = min(self.stops_at, now)
+        # Answers may still be on their way; uvicorn waits for them
         if not self.api.count_jobs():
             return True
         if now >= self.stops_at and not self.has_stopped:

@@ -23,6 +23,7 @@ class Limits:
         exit_seconds: for the last answers and the engine to end, when the time to drain is over.
     """
 
+    # Sizes
     body_bytes: int = 64 * 2**20
     json_bytes: int = 2**20
     json_depth: int = 16
@@ -32,10 +33,12 @@ class Limits:
     field_bytes: int = 64 * 2**10
     held_bytes: int = 256 * 2**20
     head_bytes: int = 16 * 2**10
+    # Seconds, long enough for a slow line, and short beside a drawing
     head_seconds: float = 10.0
     body_seconds: float = 20.0
     body_pace: float = 16 * 2**10
     idle_seconds: float = 15.0
+    # What systems buffer hides a slow reader for a while, so that this may be long
     write_seconds: float = 60.0
     connections: int = 512
     check_seconds: float = 0.5

@@ -17,6 +17,7 @@ from t2i.pipelines.serving.admission import Ticket
 from t2i.errors import InputError
 
 REQUEST_LOG = logging.getLogger("t2i.requests")
+# Its lines are for programs, and do not mix with messages for people
 REQUEST_LOG.propagate = False
 CLIENT_GONE = 499  # status in logs of a request whose client went away before the answer
 
@@ -28,10 +29,12 @@ class LogEntry:
     milliseconds: by stage: "receive" the body, "read" its fields and images, wait in the "queue", "draw", and "send".
     """
 
+    # Of the request
     id: str
     method: str
     route: str
     key: str = ""
+    # Of the answer, as far as it is known
     status: int = 0
     error: str | None = None  # the code of the error that was sent
     model: str | None = None
@@ -89,6 +92,7 @@ def find_entry(request: Request) -> LogEntry:
 
 def choose_request_id(given: str | None) -> str:
     """Return the id that a client gave its request, if it is one; else a new one."""
+    # A client's text in a header and in the log must not end a line, nor fill it
     return given if given and re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else f"req_{secrets.token_hex(12)}"
 
 

@@ -78,6 +78,7 @@ class Exchange:
         scope.setdefault("state", {}).update(entry=self.entry, hold=self.hold)
         self.began_body = time.monotonic()
         self.received = self.held = 0  # bytes of the body; of body and images
+        # Only a body has one of these
         self.is_complete = not {"content-length", "transfer-encoding"} & set(self.headers.keys())
         self.has_answered = self.has_ended = self.is_gone = False
 
@@ -133,6 +134,7 @@ class Exchange:
             message = await self.receive_in_time()
             self.count_bytes(message)
         if message["type"] == "http.disconnect":
+            # Servers report it after every answer too
             self.is_gone = not self.has_ended
         return message
 
