@@ -20,9 +20,9 @@ NEEDLESS = (
     "sklearn",
     "tensorboard",
     "timm",
-    "torch._dynamo",
+    "torch._dynamo.config",
     "triton",
-    "scipy.stats",
+    "scipy.stats.distributions",
 )
 
 
@@ -45,8 +45,12 @@ assert not is_compiled_module(torch.nn.Identity())
 from diffusers import DPMSolverMultistepScheduler
 betas = DPMSolverMultistepScheduler(use_beta_sigmas=True)  # calls scipy.stats
 betas.set_timesteps(4)
-assert len(betas.timesteps) == 4 and 'scipy.stats' in sys.modules
-assert 'torch._dynamo' not in sys.modules
+assert len(betas.timesteps) == 4 and 'scipy.stats.distributions' in sys.modules
+torch.empty(8, 8, device='meta').uniform_()  # calls what the compiler marks
+assert 'torch._dynamo.config' not in sys.modules
+import torch._dynamo.config as config
+assert config is torch._dynamo.config is sys.modules['torch._dynamo.config']
+assert torch._dynamo.utils.counters is not None and torch._dynamo.eval_frame.__file__
 import peft, timm  # which were left out, and can be had
 compiled = torch.compile(torch.nn.Identity(), backend='eager')
 assert compiled(torch.ones(2)).tolist() == [1, 1] and is_compiled_module(compiled)

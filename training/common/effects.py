@@ -60,12 +60,14 @@ PREVIEW_SETTINGS = (
     "num_inference_steps",
     "guidance_scale",
 )
+# Of stages that train on images, their embeddings or their labels alone
 UNREAD_CAPTIONS = Idle(": this stage reads no captions")
 WEIGHTED_LOSS: IdleCases = {
     "min_snr_gamma": (Idle(" without loss_weighting=min_snr", lambda config: config.loss_weighting != "min_snr"),)
 }
 
 
+# Of `t2i data cache`
 NO_TEXT = Idle(": captions are not encoded", lambda config: not (config.text or config.text_encoder))
 EVERY_IMAGE = (Idle(": a cache has every image once"),)
 CACHE_CASES: IdleCases = {
@@ -88,6 +90,7 @@ def iterate_settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, 
     """Yield the key, the value and the default of each setting of a configuration and of those in it."""
     for entry in fields(config):
         value, default = getattr(config, entry.name), entry.default
+        # Only keys that every file must contain have neither a default nor a factory
         if default is MISSING:
             default = None if entry.default_factory is MISSING else entry.default_factory()
         if not is_dataclass(value):
@@ -105,6 +108,7 @@ def find_idle_settings(config: Any) -> list[str]:
     """Return a line for each setting that differs from its default, but has no effect. 0 and null switch off."""
     lines = []
     for key, value, default in iterate_settings(config):
+        # A file may switch off what its overrides leave unused, and has the defaults of what it does not name
         if not value or value == default:
             continue
         if reason := next((idle.reason for idle in config.idle.get(key, ()) if idle.holds(config)), None):
