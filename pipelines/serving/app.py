@@ -267,11 +267,21 @@ class ImagesApi:
                     entry.mark_job(job.ticket)
                 for name, data in await asyncio.to_thread(answer.build_events, event):
                     entry.note_event(event.kind, data)
-                    yield f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
+                    yield format_event(name, data)
+        except Exception as error:
+            # The status is sent: only an event can tell the client that no image follows
+            shown = explain_failure(error)
+            entry.error = shown.code
+            yield format_event("error", shown.body)
         finally:
             # Starlette closes this generator when the client has gone away
             if not ended:
                 service.cancel(job)
+
+
+def format_event(name: str, data: dict[str, Any]) -> str:
+    """Return a server-sent event."""
+    return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
 
 
 def hold_images(request: Request, drawn: DrawRequest) -> None:

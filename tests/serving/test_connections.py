@@ -156,6 +156,21 @@ def test_a_client_that_never_reads_is_closed_and_what_it_was_sent_is_bounded():
 # Bodies
 
 
+def test_a_body_that_falls_silent_is_ended_however_much_came_before(port):
+    with RawClient(port) as client:
+        # By the pace of slow lines these bytes would be allowed half a minute
+        client.send(POST + f"Content-Length: {2**20}\r\n\r\n" + "a" * 2**19)
+        status, error = client.read_error()
+        assert status == 400 and error["code"] == "too_slow" and time.monotonic() - client.began < 5
+
+
+def test_a_request_that_alone_takes_too_much_is_not_sent_again():
+    limits = Limits(held_bytes=2**16)
+    with run_server(build_paint_api(limits=limits), limits) as server:
+        answer = httpx2.post(f"http://127.0.0.1:{server.port}/v1/images/generations", json={"prompt": "a" * 2**17})
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "payload_too_large"
+
+
 def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(port):
     with RawClient(port) as client:
         client.send(POST + f"Content-Length: {2**30}\r\nExpect: 100-continue\r\n\r\n")

@@ -13,6 +13,7 @@ import anyio
 import httpx2
 import pytest
 from PIL import Image
+from t2i.pipelines.serving.api.responses import Answer
 from t2i.pipelines.serving.gateway.access import Access, Keys, read_keys
 from t2i.pipelines.serving.gateway.log import REQUEST_LOG, open_request_log
 
@@ -251,6 +252,18 @@ def test_a_fault_of_the_server_is_not_sent_again():
         answer = draw(server.port)
         assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
         assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+
+
+def test_a_fault_inside_a_stream_is_an_event_and_no_success(monkeypatch):
+    def fail(answer, event):
+        raise ValueError("NaN")
+
+    monkeypatch.setattr(Answer, "build_events", fail)
+    with catch_log() as lines, run_server(build_paint_api()) as server:
+        events = draw(server.port, stream=True).text.splitlines()
+        metrics = httpx2.get(f"http://127.0.0.1:{server.port}/metrics").text
+    assert events[0] == "event: error" and '"code": "internal"' in events[1]
+    assert lines[0]["error"] == "internal" and "t2i_pictures_total 0.0" in metrics
 
 
 # The end

@@ -12,10 +12,10 @@ class Limits:
         json_bytes: of a JSON body, which holds no images; json_depth: of lists and objects inside each other.
         file_bytes: of one file of a form; files: of a form.
         fields: texts of a form; field_bytes: of one of them.
-        held_bytes: of bodies and decoded images of all requests together, from their first byte to the answer.
+        held_bytes: of bodies, until they are read, and of decoded images, until the answer; of all requests together.
         head_bytes: of a request's line and headers.
         head_seconds: from a connection, or a request's first byte, to the end of its headers.
-        body_seconds: for a body, beside what its bytes take at body_pace, bytes a second.
+        body_seconds: that a body may be late at any moment, behind body_pace, bytes a second; and of silence in it.
         idle_seconds: from a response to the next request of a connection.
         write_seconds: for a client that reads nothing of what is sent.
         connections: at the same time. Beyond them, the one that has waited longest without a request is closed.

@@ -76,7 +76,7 @@ class Exchange:
         self.entry = LogEntry(request_id, scope["method"], name_route(scope["path"]))
         # The routes add what they know
         scope.setdefault("state", {}).update(entry=self.entry, hold=self.hold)
-        self.began_body = time.monotonic()
+        self.body_until = time.monotonic() + gateway.limits.body_seconds
         self.received = self.held = 0  # bytes of the body; of body and images
         # Only a body has one of these
         self.is_complete = not {"content-length", "transfer-encoding"} & set(self.headers.keys())
@@ -119,6 +119,7 @@ class Exchange:
     async def send_error(self, error: Exception) -> None:
         """Send an error that no route has sent, if no answer has begun."""
         if self.has_answered:
+            self.entry.error = self.entry.error or "internal"
             raise error
         if not isinstance(error, ApiError):
             what = f"the server failed; its log has the reason under {self.entry.id}"
@@ -140,28 +141,36 @@ class Exchange:
 
     async def receive_in_time(self) -> Message:
         """Return the next part of a body that comes fast enough."""
-        limits = self.gateway.limits
-        until = self.began_body + limits.body_seconds + self.received / limits.body_pace
         try:
-            return await asyncio.wait_for(self.inner_receive(), until - time.monotonic())
+            return await asyncio.wait_for(self.inner_receive(), self.body_until - time.monotonic())
         except TimeoutError as error:
             # Clients send after a status 408 again, to no avail
             raise ApiError(400, "too_slow", "the body of the request came too slowly") from error
 
     def count_bytes(self, message: Message) -> None:
         """Count a part of the body. Raises ApiError beyond a limit."""
-        size = len(message.get("body", b""))
+        limits, size = self.gateway.limits, len(message.get("body", b""))
         self.received += size
-        if self.received > self.gateway.limits.body_bytes:
-            raise build_size_error("the body", self.gateway.limits.body_bytes)
+        if self.received > limits.body_bytes:
+            raise build_size_error("the body", limits.body_bytes)
+        # Bytes win time, but none beyond body_seconds: many that came at once allow no longer silence than few
+        latest = time.monotonic() + limits.body_seconds
+        self.body_until = min(self.body_until + size / limits.body_pace, latest)
         self.hold(size)
         self.is_complete = not message.get("more_body", False)
 
     def hold(self, size: int) -> None:
-        """Count bytes that the request takes until its end. Raises ApiError if all requests take too many."""
+        """Count bytes that the request takes until its end, or until it returns them by a negative size.
+
+        Raises ApiError if it takes too many, or if all requests together do.
+        """
         self.held += size
         self.gateway.held += size
-        if self.gateway.held > self.gateway.limits.held_bytes:
+        most = self.gateway.limits.held_bytes
+        if self.held > most:
+            # It would never fit, however often it is sent again
+            raise build_size_error("the request with its decoded images", most)
+        if size > 0 and self.gateway.held > most:
             what = "requests hold too many images at the moment; try again later"
             raise ApiError(503, "overloaded", what, headers={"retry-after": "5"})
 
