@@ -95,6 +95,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # At once, while the model loads: of two that are bound and do not listen, none is refused
+        listener.listen()
     except OSError as error:
         listener.close()
         raise InputError(
@@ -103,9 +105,14 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
+def list_models(source: ModelSource, settings: ServerSettings) -> dict[str, str]:
+    """Return the names and folders of the models."""
+    return dict(settings.models) or {settings.name or Path(source.model).resolve().name: source.model}
+
+
 def build_services(source: ModelSource, settings: ServerSettings) -> dict[str, Service]:
     """Load the models, each in its processes at the same time, and return their services by name, warmed up."""
-    models = dict(settings.models) or {settings.name or Path(source.model).resolve().name: source.model}
+    models = list_models(source, settings)
     devices = [resolve_device_name(device) for device in settings.devices or (source.device,)]
     places = [device for device in devices for _ in range(settings.workers)]
     build = RemoteDrawer if len(models) * len(places) > 1 else load_drawer
@@ -137,8 +144,8 @@ def find_aliases(settings: ServerSettings, names: Collection[str]) -> dict[str, 
 
 def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore | None = None) -> ImagesApi:
     """Load a model and return the routes that serve it. store: None keeps images in this process."""
+    aliases = find_aliases(settings, list_models(source, settings))  # refused before a model loads
     services = build_services(source, settings)
-    aliases = find_aliases(settings, services)
     store = ImageStore() if store is None else store
     access = settings.build_access()
     return ImagesApi(services, store, aliases, settings.max_n, access, settings.limits, settings.log_prompts)

@@ -1,6 +1,6 @@
 """The command that serves a model: `t2i serve`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,11 +110,24 @@ def serve(
     from t2i.pipelines.serving.server import ServerSettings
     from t2i.pipelines.serving.server import serve as run_server
 
-    # The keys at once: without them a host that lets other machines in is refused
-    aliases = tuple(alias or ())
-    settings = ServerSettings(host, port, max_batch, max_queue, queue_timeout, drain, name, aliases, keys=keys)
-    settings = replace(settings, models=source.named_models, devices=source.devices, workers=workers)
-    settings = replace(settings, max_n=max_n, public_url=public_url)
-    settings = replace(settings, max_queue_per_key=max_queue_per_key, cors=tuple(cors or ()))
-    settings = replace(settings, log_file=log_file, log_prompts=log_prompts)
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        queue_timeout=queue_timeout,
+        drain=drain,
+        name=name,
+        aliases=tuple(alias or ()),
+        models=source.named_models,
+        devices=source.devices,
+        workers=workers,
+        max_n=max_n,
+        public_url=public_url,
+        max_queue_per_key=max_queue_per_key,
+        keys=keys,
+        cors=tuple(cors or ()),
+        log_file=log_file,
+        log_prompts=log_prompts,
+    )
     run_server(source.build(upsampler=upsampler), settings)

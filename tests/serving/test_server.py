@@ -8,7 +8,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from t2i.pipelines.serving.server import ServerSettings, open_socket
+from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.serving.server import ServerSettings, build_api, open_socket
 
 from t2i.errors import InputError
 
@@ -20,6 +21,19 @@ def test_an_address_in_use_is_refused_in_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened on: .*choose another --port"):
             open_socket("127.0.0.1", port)
+
+
+def test_of_two_servers_that_load_their_models_the_second_is_refused():
+    with open_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(InputError, match="choose another --port"):
+            open_socket("127.0.0.1", port)
+
+
+def test_an_alias_of_no_model_is_refused_before_a_model_loads():
+    settings = ServerSettings(name="tiny", aliases=("dall-e-2", "other=big"))
+    with pytest.raises(InputError, match="alias 'other=big' names no model; there are tiny"):
+        build_api(ModelSource("no such folder"), settings)
 
 
 @pytest.mark.parametrize(
