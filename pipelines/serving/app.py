@@ -22,6 +22,7 @@ from t2i.pipelines.serving.api.fields import ROUTES, collect_texts, list_fields,
 from t2i.pipelines.serving.api.requests import build_draw_request, check_known_model
 from t2i.pipelines.serving.api.responses import (
     Answer,
+    check_each_text,
     explain_failure,
     list_unknown_words,
     send_error,
@@ -75,6 +76,7 @@ class ImagesApi:
         self.ready = True
         # One image at a time: a large one takes hundreds of megabytes while it is decoded
         self.decoding = asyncio.Semaphore(1)
+        self.checking_words = asyncio.Semaphore(1)
 
     def build_app(self) -> Starlette:
         """Return the application."""
@@ -190,7 +192,7 @@ class ImagesApi:
             hold_images(request, drawn)
         entry.model, entry.images, entry.prompt = service.name, drawn.count, values.get("prompt")
         checked = await asyncio.to_thread(check_request, service, drawn)
-        answer = self.build_answer(request, route, values, service, checked)
+        answer = await asyncio.to_thread(self.build_answer, request, route, values, service, checked)
         entry.mark("read")
         job = start_job(service, drawn, entry.key)
         if values.get("stream"):
@@ -225,8 +227,9 @@ class ImagesApi:
             raise build_field_error("texts", "texts is missing; give a list", "missing_required_parameter")
         service = self.find_service(values)
         known = service.facts.known_words
-        found = await asyncio.to_thread(lambda: [list_unknown_words(known, [text]) for text in values["texts"]])
-        data = [{"text": text, "unknown_words": words} for text, words in zip(values["texts"], found)]
+        # One at a time: many threads would keep the engine's from its turn
+        async with self.checking_words:
+            data = await asyncio.to_thread(check_each_text, known, values["texts"])
         return JSONResponse({"model": service.name, "knows_words": known is not None, "data": data})
 
     async def wait_for_end(self, request: Request, service: Service, job: Job) -> list[DrawnImage]:

@@ -16,6 +16,7 @@ from t2i.texts import normalize_text
 WORDS_FILE = "words.json"  # beside the tokenizer
 MAX_WORDS_BYTES = 2**20  # with more words than fit in it, nearly all that people type are known
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+MAX_NEAREST = 16  # unknown words for which a near one is sought at once: each is compared to all known ones
 LIKENESS = 0.75  # of a misspelled word to the known one, as difflib computes it
 # Words that name nothing to draw: they are not reported
 FUNCTION_TEXT = """
@@ -85,16 +86,21 @@ class KnownWords:
                     keywords[word] = min(keywords.get(word, known), known)
         return cls(frozenset(captions), {word: keywords[word][-1] for word in sorted(keywords.keys() - captions)})
 
-    def find_unknown_words(self, text: str) -> list[UnknownWord]:
-        """Return the words of a text that are in no caption, also not in singular or plural, without repetitions."""
-        found = []
-        for word in dict.fromkeys(split_words(text)):
+    def find_unknown_words(self, *texts: str) -> list[UnknownWord]:
+        """Return the words of texts that are in no caption, also not in singular or plural, without repetitions.
+
+        Of many, the first `MAX_NEAREST` alone have a nearest one.
+        """
+        found, sought = [], 0
+        for word in dict.fromkeys(word for text in texts for word in split_words(text)):
             forms = list_word_forms(word)
             if word in FUNCTION_WORDS or not self.captions.isdisjoint(forms):
                 continue
             captions = [self.keywords[form] for form in forms if form in self.keywords]
+            nearest = captions
             # A keyword is spelled well; only other words may be misspelled
-            nearest = captions or get_close_matches(word, [*self.captions, *self.keywords], 1, LIKENESS)
+            if not captions and sought < MAX_NEAREST:
+                nearest, sought = get_close_matches(word, [*self.captions, *self.keywords], 1, LIKENESS), sought + 1
             found.append(UnknownWord(word, nearest[0] if nearest else None, bool(captions)))
         return found
 

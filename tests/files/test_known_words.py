@@ -14,7 +14,7 @@ from t2i.config import load_config
 from t2i.data import CaptionedPictures
 from t2i.errors import InputError
 from t2i.files import known_words as known_words_module
-from t2i.files.known_words import KnownWords, UnknownWord, split_words
+from t2i.files.known_words import MAX_NEAREST, KnownWords, UnknownWord, split_words
 from t2i.interop.by_name import load_clip
 from tests.helpers.stages import arguments
 
@@ -65,6 +65,13 @@ def test_words_of_a_prompt_that_are_in_no_caption_are_found_with_the_nearest_kno
         '"pumpkins" is in no caption, but a keyword of: jack-o-lantern',
         '"face" is in no caption',
     ]
+
+
+def test_the_nearest_word_is_sought_for_the_first_of_many():
+    words = KnownWords(frozenset({"apple"}), {})
+    texts = [f"{letter}pple {letter}pple" for letter in "bcdefghijklmnopqrstuvwxyz"]
+    found = words.find_unknown_words(*texts[:10], " ".join(texts[10:]))
+    assert len(found) == 25 and [word.nearest for word in found] == ["apple"] * MAX_NEAREST + [None] * 9
 
 
 @pytest.mark.parametrize(
