@@ -137,11 +137,12 @@ class Admission:
             self.admit_next()
             return True
 
-    def leave(self, ticket: Ticket) -> None:
-        """Take a request out, whether it waits or draws."""
+    def leave(self, ticket: Ticket, has_drawn: bool = True) -> None:
+        """Take a request out, whether it waits or draws. has_drawn: to its end, which tells how long an image takes."""
         with self.lock:
             if not self.withdraw(ticket) and ticket.lane is not None and ticket in ticket.lane.running:
-                self.learn_rate(ticket)
+                if has_drawn:
+                    self.learn_rate(ticket)
                 ticket.lane.running.discard(ticket)
                 self.admit_next()
 

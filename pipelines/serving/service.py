@@ -137,7 +137,7 @@ class Service:
         except BaseException as error:
             # Whatever went wrong, the client waits for an end
             event = Event("failed", {"error": error})
-        self.admission.leave(ticket)
+        self.admission.leave(ticket, event.kind == "done")
         self.finish(job, event)
 
     def find_drawer(self, ticket: Ticket) -> AnyDrawer:

@@ -40,6 +40,14 @@ def test_a_request_larger_than_a_batch_draws_alone():
     assert list_admitted(admission.enter(1)) == [False]
 
 
+def test_cancelled_requests_say_nothing_of_the_time_that_an_image_takes():
+    admission = Admission(max_running=1, max_queued=1)
+    admission.leave(admission.enter(1), has_drawn=False)
+    assert admission.seconds_per_image == 1.0
+    admission.leave(admission.enter(1))
+    assert admission.seconds_per_image < 1.0
+
+
 def test_keys_take_turns():
     admission = Admission(max_running=1, max_queued=16, max_queued_per_key=3)
     running = admission.enter(1, "a")
