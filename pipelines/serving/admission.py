@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import ceil, inf
@@ -92,6 +93,7 @@ class Admission:
         self.queues: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by key; the first one has the next turn
         self.seconds_per_image = FIRST_GUESS_SECONDS
         self.draining = False
+        self.coming: set[Ticket] = set()  # of requests that are still read
 
     @property
     def max_running(self) -> int:
@@ -116,15 +118,45 @@ class Admission:
             queued, own = self.queued_images, sum(other.images for other in self.queues.get(key, ()))
             # With others in the queue a request waits too, even if there is room for it
             starts_at_once = not queued and any(lane.has_room(ticket) for lane in self.lanes)
-            if not starts_at_once and queued + images > self.max_queued:
-                what = f"{queued} images wait, and the queue takes {self.max_queued}"
-                raise QueueFull(f"{what}; try again later", self.estimate_wait(queued))
-            if not starts_at_once and own + images > self.max_queued_per_key:
-                what = f"{own} images of this key wait, and the queue takes {self.max_queued_per_key} of a key"
-                raise QueueFull(f"{what}; try again later", self.estimate_wait(own))
+            if not starts_at_once:
+                self.check_places(images, queued, own)
             self.queues.setdefault(key, deque()).append(ticket)
             self.admit_next()
         return ticket
+
+    @contextmanager
+    def expect(self, images: int, key: str = "") -> Iterator[None]:
+        """Count a request that is still read, and enters afterwards. Raises QueueFull and Draining, as `enter` does.
+
+        A full queue is noticed before the request's images are decoded, also by many that come at the same time.
+        """
+        ticket = Ticket(images, key)
+        with self.lock:
+            if self.draining:
+                raise Draining("the server is shutting down")
+            before = [*self.coming, *(other for queue in self.queues.values() for other in queue)]
+            queued = sum(other.images for other in before)
+            own = sum(other.images for other in before if other.key == key)
+            # Those that will draw at once do not wait; one alone may be larger than its lane
+            free = sum(max(lane.max_images - lane.images, 0) for lane in self.lanes if lane.is_open)
+            is_first = not queued and any(lane.has_room(ticket) for lane in self.lanes)
+            if queued + images > free and not is_first:
+                self.check_places(images, max(0, queued - free), max(0, own - free))
+            self.coming.add(ticket)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.coming.discard(ticket)
+
+    def check_places(self, images: int, queued: int, own: int) -> None:
+        """Refuse images for which the queue has no place beside those that wait; own: of the same key."""
+        if queued + images > self.max_queued:
+            what = f"{queued} images wait, and the queue takes {self.max_queued}"
+            raise QueueFull(f"{what}; try again later", self.estimate_wait(queued))
+        if own + images > self.max_queued_per_key:
+            what = f"{own} images of this key wait, and the queue takes {self.max_queued_per_key} of a key"
+            raise QueueFull(f"{what}; try again later", self.estimate_wait(own))
 
     def withdraw(self, ticket: Ticket) -> bool:
         """Take a request out of the queue; return False if it does not wait there."""

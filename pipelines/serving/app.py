@@ -3,12 +3,9 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
 from functools import partial
-from math import ceil
 from typing import Any
 
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,7 +16,7 @@ from t2i.pipelines.serving.admission import Draining, QueueFull
 from t2i.pipelines.serving.api.bodies import read_body
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 from t2i.pipelines.serving.api.fields import ROUTES, collect_texts, list_fields, name_field, read_fields
-from t2i.pipelines.serving.api.requests import build_draw_request, check_known_model
+from t2i.pipelines.serving.api.requests import add_images, check_known_model, plan_draw_request
 from t2i.pipelines.serving.api.responses import (
     Answer,
     check_each_text,
@@ -28,7 +25,7 @@ from t2i.pipelines.serving.api.responses import (
     send_error,
     send_framework_error,
 )
-from t2i.pipelines.serving.draw_request import DrawRequest
+from t2i.pipelines.serving.api.uploads import UploadReader
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.gateway.access import Access
 from t2i.pipelines.serving.gateway.bodies import read_json
@@ -44,7 +41,6 @@ from t2i.pipelines.serving.store import ImageStore
 from t2i.diffusion.samplers import SAMPLERS
 from t2i.errors import InputError
 
-MAX_RETRY_SECONDS = 60
 KEEPALIVE_SECONDS = 10.0
 
 
@@ -74,8 +70,7 @@ class ImagesApi:
         self.access, self.limits = access or Access(), limits or Limits()
         self.metrics = Metrics(self.services.values)
         self.ready = True
-        # One image at a time: a large one takes hundreds of megabytes while it is decoded
-        self.decoding = asyncio.Semaphore(1)
+        self.uploads = UploadReader()
         self.checking_words = asyncio.Semaphore(1)
 
     def build_app(self) -> Starlette:
@@ -186,15 +181,25 @@ class ImagesApi:
         entry.mark("receive")
         values = read_fields(f"/v1/images/{route}", given)
         service = self.find_service(values)
-        # Images are decoded and encoded in threads, while the event loop answers others
-        async with self.decoding if images else nullcontext():
-            drawn = await asyncio.to_thread(build_draw_request, route, values, images, mask, self.max_count)
-            hold_images(request, drawn)
+        # What takes long runs in threads, while the event loop answers others
+        drawn = await asyncio.to_thread(plan_draw_request, route, values, images, mask, self.max_count)
         entry.model, entry.images, entry.prompt = service.name, drawn.count, values.get("prompt")
-        checked = await asyncio.to_thread(check_request, service, drawn)
-        answer = await asyncio.to_thread(self.build_answer, request, route, values, service, checked)
-        entry.mark("read")
-        job = start_job(service, drawn, entry.key)
+        try:
+            with service.admission.expect(drawn.count, entry.key):
+                if images:
+                    hold = getattr(request.state, "hold", lambda size: None)
+                    finish = partial(add_images, drawn, values, images, mask)
+                    await self.uploads.read(images, mask, entry.key, hold, finish)
+                    # While the request waits and draws, it has its images, and no files
+                    del finish, images, mask
+                else:
+                    add_images(drawn, values, images, mask)
+                checked = await asyncio.to_thread(service.check, drawn)
+                answer = await asyncio.to_thread(self.build_answer, request, route, values, service, checked)
+            entry.mark("read")
+            job = service.submit(drawn, entry.key)
+        except (QueueFull, Draining, EngineLost, InputError) as error:
+            raise explain_failure(error) from error
         if values.get("stream"):
             events = self.stream_events(service, job, answer, entry)
             return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -287,33 +292,7 @@ def format_event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
 
 
-def hold_images(request: Request, drawn: DrawRequest) -> None:
-    """Count the memory of a request's images. Raises ApiError if those of all requests take too much."""
-    hold = getattr(request.state, "hold", lambda size: None)
-    images = [given for given in (*drawn.inputs, drawn.mask) if isinstance(given, Image.Image)]
-    hold(sum(3 * image.width * image.height for image in images))
-
-
-def start_job(service: Service, drawn: DrawRequest, key: str) -> Job:
-    """Start drawing. Raises ApiError if the queue is full, and while the server shuts down."""
-    try:
-        return service.submit(drawn, key)
-    except QueueFull as error:
-        seconds = min(MAX_RETRY_SECONDS, max(1, ceil(error.retry_after)))
-        raise ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)}) from error
-    except (EngineLost, Draining) as error:
-        raise explain_failure(error) from error
-
-
 async def wait_for_disconnect(request: Request) -> None:
     """Return when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def check_request(service: Service, drawn: DrawRequest) -> CheckedRequest:
-    """Check a request before it waits for its turn. Raises ApiError."""
-    try:
-        return service.check(drawn)
-    except (InputError, EngineLost) as error:
-        raise explain_failure(error) from error

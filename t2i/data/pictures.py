@@ -109,13 +109,26 @@ def decode_image(data: bytes, reading: Reading = READING, convert: Convert | Non
 
     convert: makes the image of the stored one; None is `to_rgb`.
     """
+    with open_checked(data, reading) as file:
+        file.load()
+        return (convert or to_rgb)(file, reading)
+
+
+def measure_image(data: bytes, reading: Reading = READING) -> tuple[int, int]:
+    """Return the width and height that a file is stored with, by its header alone. Raises RejectedSample."""
+    with open_checked(data, reading) as file:
+        return file.size
+
+
+@contextmanager
+def open_checked(data: bytes, reading: Reading) -> Iterator[Image.Image]:
+    """Open an image by its header, for its pixels to be decoded inside. Raises RejectedSample, for their errors too."""
     if not data:
         raise RejectedSample(Reason.empty_file)
     try:
         with Image.open(io.BytesIO(data), formats=prepare_formats(data, reading.max_pixels)) as file:
             check_image_header(file, reading.max_pixels)
-            file.load()
-            return (convert or to_rgb)(file, reading)
+            yield file
     except InputError:
         # Also RejectedSample, by the checks of the header
         raise

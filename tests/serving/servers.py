@@ -61,6 +61,19 @@ class PaintDrawer:
         pass
 
 
+class GatedDrawer(PaintDrawer):
+    """A drawer that draws when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.opened = threading.Event(), threading.Event()
+
+    def draw(self, request: DrawRequest, watch: Any = None) -> list[DrawnImage]:
+        self.began.set()
+        assert self.opened.wait(60)
+        return super().draw(request, watch)
+
+
 def build_paint_api(
     drawer: PaintDrawer | None = None, running: int = 8, queued: int = 16, **settings: Any
 ) -> ImagesApi:

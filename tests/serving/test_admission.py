@@ -40,6 +40,28 @@ def test_a_request_larger_than_a_batch_draws_alone():
     assert list_admitted(admission.enter(1)) == [False]
 
 
+def test_requests_that_are_read_have_their_places():
+    admission = Admission(max_running=2, max_queued=1, max_queued_per_key=1)
+    full = pytest.raises(QueueFull, match="1 images wait, and the queue takes 1;")
+    with admission.expect(1), admission.expect(1), admission.expect(1), full, admission.expect(1):
+        pass
+    # And have left them
+    with admission.expect(9):
+        pass
+    admission.drain()
+    with pytest.raises(Draining), admission.expect(1):
+        pass
+
+
+def test_no_place_is_given_to_a_request_that_is_read_if_none_may_wait():
+    admission = Admission(max_running=1, max_queued=0)
+    with admission.expect(1), pytest.raises(QueueFull), admission.expect(1):
+        pass
+    admission.enter(1)
+    with pytest.raises(QueueFull), admission.expect(1):
+        pass
+
+
 def test_cancelled_requests_say_nothing_of_the_time_that_an_image_takes():
     admission = Admission(max_running=1, max_queued=1)
     admission.leave(admission.enter(1), has_drawn=False)

@@ -167,7 +167,7 @@ def test_a_body_that_falls_silent_is_ended_however_much_came_before(port):
 def test_a_request_that_alone_takes_too_much_is_not_sent_again():
     limits = Limits(held_bytes=2**16)
     with run_server(build_paint_api(limits=limits), limits) as server:
-        answer = httpx2.post(f"http://127.0.0.1:{server.port}/v1/images/generations", json={"prompt": "a" * 2**17})
+        answer = httpx2.post(f"http://127.0.0.1:{server.port}/v1/images/generations", json={"prompt": "a" * 2**16})
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "payload_too_large"
 
 

@@ -18,7 +18,7 @@ from t2i.pipelines.serving.gateway.access import Access, Keys, read_keys
 from t2i.pipelines.serving.gateway.log import REQUEST_LOG, open_request_log
 
 from t2i.errors import InputError
-from tests.serving.servers import PaintDrawer, build_paint_api, encode_png, run_server
+from tests.serving.servers import GatedDrawer, PaintDrawer, build_paint_api, encode_png, run_server
 
 ANN, BOB = "a" * 20, "b" * 20
 
@@ -41,18 +41,6 @@ def catch_log():
     yield lines
     REQUEST_LOG.removeHandler(handler)
     REQUEST_LOG.setLevel(level)
-
-
-class GatedDrawer(PaintDrawer):
-    """A drawer that draws when it may."""
-
-    def __init__(self):
-        super().__init__()
-        self.opened = threading.Event()
-
-    def draw(self, request, watch=None):
-        assert self.opened.wait(60)
-        return super().draw(request, watch)
 
 
 def wait_for(happened) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 from t2i.pipelines.serving.api.fields import FILES, ROUTES
-from t2i.pipelines.serving.api.requests import Upload
+from t2i.pipelines.serving.api.uploads import Upload
 from t2i.pipelines.serving.gateway.bodies import read_form, read_json
 from t2i.pipelines.serving.gateway.limits import Limits
 

@@ -1,6 +1,8 @@
 """Images as requests send them and as responses return them."""
 
 import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -10,7 +12,7 @@ from t2i.pipelines.jobs.records import build_exif, encode_png_image
 from t2i.pipelines.serving.api.errors import build_field_error
 from t2i.pipelines.serving.drawing import DrawnImage
 
-from t2i.data.pictures import Convert, Reading, decode_image, to_rgb
+from t2i.data.pictures import Convert, Reading, decode_image, measure_image, to_rgb
 from t2i.data.reasons import RejectedSample
 
 MAX_UPLOAD_PIXELS = 16_000_000
@@ -59,8 +61,22 @@ def read_mask_values(data: bytes, mode: str) -> Image.Image | None:
 
 def decode_upload(field: str, data: bytes, convert: Convert) -> Image.Image:
     """Decode an uploaded image. Raises ApiError."""
-    try:
+    with explain_rejection(field):
         return decode_image(data, READING, convert)
+
+
+def count_upload_pixels(field: str, data: bytes) -> int:
+    """Return the pixels of an uploaded image by its header. Raises ApiError for what is no image, or too large."""
+    with explain_rejection(field):
+        width, height = measure_image(data, READING)
+    return width * height
+
+
+@contextmanager
+def explain_rejection(field: str) -> Iterator[None]:
+    """Raise ApiError for files that are rejected inside."""
+    try:
+        yield
     except RejectedSample as error:
         raise build_field_error(field, f"{field} cannot be read: {error}", "invalid_image") from error
 

@@ -1,13 +1,13 @@
 """From the fields and files of a request to what is drawn: which task it is, and what goes with what."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 from t2i.pipelines.interpolation import build_mixing_weights
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 from t2i.pipelines.serving.api.fields import FIELDS, choose_seed, collect_settings
-from t2i.pipelines.serving.api.images import read_image, read_mask_values
+from t2i.pipelines.serving.api.images import read_mask_values
+from t2i.pipelines.serving.api.uploads import Upload
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.tasks import MARGINS, TASKS
 
@@ -32,24 +32,10 @@ TASK_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Upload:
-    """A file of a form."""
-
-    name: str
-    data: bytes = field(repr=False)
-
-    @property
-    def base_name(self) -> str:
-        """The name without folders, as records have it."""
-        # Some clients send a whole path, also one of Windows
-        return self.name.replace("\\", "/").rsplit("/", 1)[-1][:200] or "image"
-
-
-def build_draw_request(
+def plan_draw_request(
     route: str, values: dict[str, Any], images: list[Upload], mask: Upload | None = None, max_count: int = 10
 ) -> DrawRequest:
-    """Return what a request draws.
+    """Return what a request draws, without its images, of which none is decoded; `add_images` completes it.
 
     values: of `read_fields`. images, mask: of the form. max_count: images that a request may draw. Raises ApiError for
     values that do not go together.
@@ -58,19 +44,15 @@ def build_draw_request(
         raise build_field_error("image", "image is missing; give one", "missing_required_parameter")
     if len(images) > MAX_IMAGES:
         raise build_field_error("image", f"image must be at most {MAX_IMAGES} files, got {len(images)}")
-    # Margins of 0 ask for nothing
-    values = {name: value for name, value in values.items() if name not in MARGINS or value}
-    read = [read_image("image", upload.data) for upload in images]
-    # Without a mask, the transparent part of an image is painted
-    transparent = read[0].transparent if read else None
-    task = choose_task(route, values, len(images), mask is not None, transparent is not None)
-    check_settings(task, values)
+    values = drop_empty_margins(values)
+    task = choose_task(route, values, len(images), mask is not None)
+    if task != "image_to_image":  # an image may have a transparent part, to be painted
+        check_settings(task, values)
     request = DrawRequest(
         task,
         collect_settings(values),
         # Nothing of a text diff is drawn by chance, and `t2i edit` records 0
         choose_seed(values) if task != "text_diff" else values.get("seed", 0),
-        inputs=[image.pixels for image in read],
         names=[upload.base_name for upload in images],
         previews=values.get("partial_images", 0),
         progress=values.get("progress", False),
@@ -79,17 +61,35 @@ def build_draw_request(
     add_texts(request, values)
     if task == "mix":
         add_weights(request, values)
-    if task == "inpaint":
-        painted = transparent if mask is None else read_mask(values, mask, read[0].pixels)
-        channel = {} if values.get("mask_mode") == "white" else {"mask_channel": "alpha"}
-        request.mask, request.mask_record = painted, {"mask_image": (mask or images[0]).base_name, **channel}
-    request.settings = TASKS[task].defaults | request.settings
     request.count = count_images(request, values, max_count)
     return request
 
 
-def choose_task(route: str, values: dict[str, Any], images: int, has_mask: bool, is_transparent: bool) -> str:
-    """Return the task: that of the route, else by the fields and files. Raises ApiError for those of two tasks."""
+def add_images(request: DrawRequest, values: dict[str, Any], images: list[Upload], mask: Upload | None) -> None:
+    """Add the images of the form to a request, before its texts, and the mask. Raises ApiError."""
+    request.inputs[:0] = [upload.image.pixels for upload in images]
+    # Without a mask, the transparent part of an image is painted
+    transparent = images[0].image.transparent if images else None
+    if request.task == "image_to_image":
+        request.task = "image_to_image" if transparent is None else "inpaint"
+        check_settings(request.task, drop_empty_margins(values))
+    if request.task == "inpaint":
+        request.mask = transparent if mask is None else read_mask(values, mask, images[0].image.pixels)
+        channel = {} if values.get("mask_mode") == "white" else {"mask_channel": "alpha"}
+        request.mask_record = {"mask_image": (mask or images[0]).base_name, **channel}
+    request.settings = TASKS[request.task].defaults | request.settings
+
+
+def drop_empty_margins(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields without margins of 0, which ask for nothing."""
+    return {name: value for name, value in values.items() if name not in MARGINS or value}
+
+
+def choose_task(route: str, values: dict[str, Any], images: int, has_mask: bool) -> str:
+    """Return the task: that of the route, else by the fields and files. Raises ApiError for those of two tasks.
+
+    It is "image_to_image" for an image that may also turn out to have a transparent part, which is "inpaint".
+    """
     if route in ("variations", "upsamplings"):
         if images > 1:
             raise build_field_error("image", f"image must be one file, got {images}")
@@ -105,7 +105,7 @@ def choose_task(route: str, values: dict[str, Any], images: int, has_mask: bool,
         return tasks[0]
     if route == "generations":
         return "text"
-    return "inpaint" if is_transparent else "image_to_image"
+    return "image_to_image"
 
 
 def check_settings(task: str, values: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def add_texts(request: DrawRequest, values: dict[str, Any]) -> None:
         texts = ([] if prompt is None else [prompt]) + values.get("texts", [])
         request.inputs += texts
         request.names += texts
-        if not request.inputs:
+        if not request.names:
             raise build_field_error("prompt", "prompt is missing; give a text", "missing_required_parameter")
     elif prompt is not None:
         request.settings["prompt"] = prompt
@@ -144,7 +144,7 @@ def add_texts(request: DrawRequest, values: dict[str, Any]) -> None:
 
 def add_weights(request: DrawRequest, values: dict[str, Any]) -> None:
     """Set the weights of a mix: those given, those of a strip from each input to the next, else equal ones."""
-    count, weights = len(request.inputs), values.get("weights")
+    count, weights = len(request.names), values.get("weights")
     frames = request.settings.pop("frames", None)
     name = "weights" if weights is not None else "frames" if frames is not None else "texts"
     if weights is not None and frames is not None:

@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 from PIL import Image
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from t2i.pipelines.memory_needed import BatchTooLargeError
-from t2i.pipelines.serving.admission import Draining
+from t2i.pipelines.serving.admission import Draining, QueueFull
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.fields import name_field
 from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_image
@@ -26,6 +27,7 @@ from t2i.files.known_words import KnownWords, split_words
 
 logger = logging.getLogger(__name__)
 
+MAX_RETRY_SECONDS = 60  # after which clients ask a full queue again
 RESTART_SECONDS = 5  # in which a worker of a small model is there again
 # Clients ask for the tokens of a request, which are not counted here
 NO_USAGE = {
@@ -145,6 +147,9 @@ def explain_failure(error: BaseException) -> ApiError:
     """Return the error of the API for one that ended a job."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QueueFull):
+        seconds = min(MAX_RETRY_SECONDS, max(1, ceil(error.retry_after)))
+        return ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)})
     if isinstance(error, Draining):
         # Another server, or this one after its start, can draw it
         return ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true", "retry-after": "1"})

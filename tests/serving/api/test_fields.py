@@ -8,7 +8,8 @@ from PIL import Image
 from t2i.pipelines.serving.api.bodies import read_form_values
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.fields import FIELDS, PATHS, ROUTES, list_rows, name_field, read_fields
-from t2i.pipelines.serving.api.requests import Upload, build_draw_request
+from t2i.pipelines.serving.api.requests import add_images, plan_draw_request
+from t2i.pipelines.serving.api.uploads import Upload
 from t2i.pipelines.serving.api.values import Anything, Choice, Flag, Number, Numbers, Size, Text, Texts, Weights
 
 NESTED: list[Any] = []
@@ -117,6 +118,12 @@ def encode(*colors: tuple[int, ...], size: tuple[int, int] = (32, 32), mode: str
     return Upload("a.png", buffer.getvalue())
 
 
+def build_draw_request(route, values, images, mask=None):
+    request = plan_draw_request(route, values, images, mask)
+    add_images(request, values, images, mask)
+    return request
+
+
 RED = encode((200, 0, 0))
 HOLE = encode((0, 0, 0, 0), (0, 0, 0, 255), mode="RGBA")
 CLEAR, FULL = encode((0, 0, 0, 0), mode="RGBA"), encode((0, 0, 0, 255), mode="RGBA")
@@ -189,6 +196,10 @@ def test_fields_and_files_that_do_not_go_together_are_named(route, values, image
     with pytest.raises(ApiError, match=message) as caught:
         build_draw_request(route, values, images, mask)
     assert caught.value.status == 400 and caught.value.param == param and "\n" not in caught.value.message
+
+
+def test_margins_of_0_ask_for_nothing():
+    assert build_draw_request("edits", {"prompt": "a", "left": 0}, [RED]).task == "image_to_image"
 
 
 def test_images_of_a_strip_are_counted():

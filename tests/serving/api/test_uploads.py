@@ -1,0 +1,147 @@
+"""Uploads over HTTP: bombs and counts are refused before a pixel is decoded, and keys take turns."""
+
+import asyncio
+import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+from PIL import Image
+from t2i.pipelines.serving.api import uploads
+from t2i.pipelines.serving.api.errors import ApiError
+from t2i.pipelines.serving.api.requests import plan_draw_request
+from t2i.pipelines.serving.api.uploads import Upload, UploadReader
+
+from tests.serving.servers import GatedDrawer, build_paint_api, encode_png, run_server
+
+SMALL = encode_png(Image.new("RGB", (32, 32), "teal"))
+
+
+@pytest.fixture(scope="module")
+def port():
+    with run_server(build_paint_api()) as server:
+        yield server.port
+
+
+def edit(port: int, *images: bytes, route: str = "edits", mask: bytes | None = None, **fields) -> httpx2.Response:
+    files = [("image[]", ("a.png", image)) for image in images]
+    files += [] if mask is None else [("mask", ("m.png", mask))]
+    return httpx2.post(f"http://127.0.0.1:{port}/v1/images/{route}", data=fields, files=files, timeout=30)
+
+
+def build_png(side: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG of one bit a pixel, all black, with further chunks before its pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((side // 8 + 2) * min(side, 5000)))
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    lines = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(lines)
+
+
+def save(image: Image.Image, file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+ANIMATED = save(Image.new("RGB", (8, 8)), "PNG", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
+BOMBS = {
+    "6300": build_png(6300),
+    "20000": build_png(20_000),
+    "animated": ANIMATED,
+    "text": build_png(32, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**23)))),
+    "truncated": SMALL[: len(SMALL) // 2],
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_no_image_to_decode_is_refused_and_names_its_field(port, name):
+    error = edit(port, BOMBS[name], prompt="a").json()["error"]
+    assert error["code"] == "invalid_image" and error["param"] == "image" and "\n" not in error["message"]
+    masked = edit(port, SMALL, mask=BOMBS[name], prompt="a")
+    assert masked.status_code == 400 and masked.json()["error"]["param"] == "mask"
+
+
+def test_images_of_any_kind_are_decoded(port):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = [
+        save(Image.new("CMYK", (32, 32)), "JPEG"),
+        save(Image.new("I;16", (32, 32)), "PNG"),
+        save(Image.new("RGB", (32, 16)), "JPEG", exif=exif),
+        build_png(4000),
+    ]
+    assert [edit(port, image, prompt="a").status_code for image in kinds] == [200] * 4
+
+
+def refuse_to_decode(field, data):
+    raise AssertionError("no image was to be decoded")
+
+
+def test_many_large_images_are_refused_before_one_is_decoded(port, monkeypatch):
+    monkeypatch.setattr(uploads, "read_image", refuse_to_decode)
+    answer = edit(port, *[build_png(4000)] * 16, prompt="a", weights=[1.0] * 17)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "payload_too_large"
+    answer = edit(port, *[SMALL] * 16, route="variations")
+    assert answer.status_code == 400 and "must be one file" in answer.json()["error"]["message"]
+
+
+def test_what_the_fields_forbid_is_refused_before_an_image_is_decoded():
+    with pytest.raises(ApiError, match="at most 10"):
+        plan_draw_request("edits", {"prompt": "a", "n": 11}, [Upload("a", b"text")])
+
+
+def test_files_and_fields_are_counted(port):
+    mask = encode_png(Image.new("RGBA", (32, 32)))
+    found = {
+        "17 images": edit(port, *[SMALL] * 17, prompt="a"),
+        "17 images and a mask": edit(port, *[SMALL] * 17, mask=mask, prompt="a"),
+        "65 fields": edit(port, SMALL, **{f"a{number}": "1" for number in range(65)}),
+    }
+    assert {answer.status_code for answer in found.values()} == {400}
+    messages = [answer.json()["error"]["message"] for answer in found.values()]
+    assert messages == [
+        "image must be at most 16 files, got 17",
+        "a form takes at most 17 files",
+        "a form takes at most 64 fields",
+    ]
+    assert edit(port, *[SMALL] * 16, prompt="a").status_code == 200
+
+
+def test_a_full_queue_is_noticed_before_an_image_is_decoded(monkeypatch):
+    drawer = GatedDrawer()
+    with run_server(build_paint_api(drawer, running=1, queued=0)) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(edit, server.port, SMALL, prompt="a")
+        assert drawer.began.wait(30)
+        monkeypatch.setattr(uploads, "read_image", refuse_to_decode)
+        refused = edit(server.port, SMALL, prompt="a")
+        drawer.opened.set()
+        assert first.result().status_code == 200
+    assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+
+
+def test_a_key_that_sends_many_images_keeps_others_waiting_for_one(monkeypatch):
+    order, held = [], []
+    monkeypatch.setattr(uploads, "read_image", lambda field, data: order.append(data))
+    monkeypatch.setattr(uploads, "count_upload_pixels", lambda field, data: 100)
+
+    async def run() -> None:
+        reader = UploadReader()
+        requests = [("ann", 4), ("ann", 4), ("bob", 1)]
+        await asyncio.gather(
+            *(
+                reader.read([Upload("", key.encode()) for _ in range(count)], None, key, held.append, lambda: None)
+                for key, count in requests
+            )
+        )
+
+    asyncio.run(run())
+    assert order.index(b"bob") <= 2 and len(order) == 9
+    # Pixels before, and no files after
+    assert sum(held) == 9 * 400 - 27 and held[0] == 1600
