@@ -1,10 +1,15 @@
 """The files of the page: a fixed list with types and a policy, and nothing beside it."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from t2i.pipelines.serving.admission import Draining
+from t2i.pipelines.serving.api.responses import explain_failure
+from t2i.pipelines.serving.drawing import EngineLost
+from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.page_files import FOLDER, build_page_routes
 
 APP = Starlette(routes=build_page_routes())
@@ -52,3 +57,13 @@ def test_a_browser_that_has_a_file_is_told_to_keep_it():
 )
 def test_nothing_beside_the_list_is_sent(path):
     assert ask(path)[0] == 404
+
+
+def test_the_page_sends_a_request_again_after_the_errors_that_the_server_says_may_pass():
+    passing = {
+        error.code
+        for error in map(explain_failure, (Draining("it ends"), Cancelled("it was ended"), EngineLost("it is gone")))
+        if error.headers["x-should-retry"] == "true"
+    }
+    listed = re.search(r"PASSING_CODES = \[(.*)\]", (FOLDER / "retries.js").read_text())
+    assert listed is not None and set(re.findall(r"\w+", listed[1])) == passing

@@ -1,17 +1,17 @@
 // The images API: requests, events while images are drawn, errors, keys, and what to do when the server is busy or gone.
 
 import { h, openView } from "./dom.js";
+import { readRetryAfter, retryWhileBusy } from "./retries.js";
 
 const MAX_STREAMS = 4; // browsers open six connections to a server: two stay for what is short
-const MAX_RETRY_SECONDS = 60;
 const KEY_NAME = "t2i.key";
 
-/** An error that the server answered with. */
+/** An error that the server answered with. retryAfter: seconds; isFinal: the same request would fail again. */
 export class ApiError extends Error {
-  constructor(status, body, retryAfter = null) {
+  constructor(status, body, { retryAfter = null, isFinal = false } = {}) {
     const error = body?.error ?? {};
     super(error.message ?? `the server answered with status ${status}`);
-    Object.assign(this, { status, code: error.code ?? null, param: error.param ?? null, retryAfter });
+    Object.assign(this, { status, code: error.code ?? null, param: error.param ?? null, retryAfter, isFinal });
   }
 }
 
@@ -24,6 +24,9 @@ export class LostServer extends Error {
 
 /** Return the address of a route, also behind a proxy that adds a folder. */
 export const locate = (path) => new URL(path, document.baseURI);
+
+/** Return whether the person has given a key. */
+export const hasKey = () => sessionStorage.getItem(KEY_NAME) !== null;
 
 function buildHeaders() {
   const key = sessionStorage.getItem(KEY_NAME);
@@ -39,9 +42,9 @@ async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
     throw error.name === "AbortError" ? error : new LostServer();
   }
   if (response.ok) return response;
-  const seconds = Number(response.headers.get("retry-after"));
-  const retryAfter = Number.isFinite(seconds) && seconds > 0 ? Math.min(seconds, MAX_RETRY_SECONDS) : null;
-  const found = new ApiError(response.status, await response.json().catch(() => null), retryAfter);
+  const retryAfter = readRetryAfter(response.headers.get("retry-after"));
+  const isFinal = response.headers.get("x-should-retry") === "false";
+  const found = new ApiError(response.status, await response.json().catch(() => null), { retryAfter, isFinal });
   if (found.status !== 401) throw found;
   await askKey(found.message, signal);
   return send(path, { method, body, headers, signal });
@@ -71,7 +74,7 @@ let askedKey = null;
 /** Ask the person for a key, once for all requests that wait for it. */
 function askKey(message, signal) {
   askedKey ??= new Promise((resolve, reject) => {
-    const hadKey = sessionStorage.getItem(KEY_NAME) !== null;
+    const hadKey = hasKey();
     const view = openView("This server asks for a key", { kind: "small" });
     const input = h("input", { id: "key", type: "password", autocomplete: "current-password", required: true });
     const why = hadKey ? h("p", { class: "hint", role: "alert" }, `The server refused the last one: ${message}.`) : null;
@@ -130,25 +133,19 @@ async function takeTurn(signal, run) {
  *   "progress" {stage, step, steps, ...}
  *   "preview" {index, blob}        an estimate of image `index` of the request
  *   "image" {index, blob, seed}    the image
- * request: {route, fields, images, mask}. taken: the names of the fields that the route takes. Raises ApiError, LostServer and AbortError.
+ * request: {route, fields, images, mask}. taken: the names of the fields that the route takes.
+ * Raises ApiError, BusyServer, LostServer and AbortError.
  */
 export async function draw(request, { signal, onEvent, taken }) {
   const watch = Object.entries({ stream: true, partial_images: 3, progress: true }).filter(([name]) => taken?.includes(name) ?? true);
   const { n, ...others } = request.fields;
   const fields = { response_format: "b64_json", ...others, ...Object.fromEntries(watch), ...((taken?.includes("n") ?? true) ? { n } : {}) };
-  return takeTurn(signal, async () => {
-    for (;;) {
-      try {
-        const response = await send(`v1/images/${request.route}`, { ...buildBody(request, fields), method: "POST", signal });
-        return await readEvents(response, onEvent);
-      } catch (error) {
-        const isBusy = error instanceof ApiError && (error.status === 429 || error.status === 503) && error.retryAfter;
-        if (!isBusy) throw error;
-        onEvent("waiting", { seconds: error.retryAfter });
-        await sleep(error.retryAfter, signal);
-      }
-    }
-  });
+  const run = async () => {
+    const response = await send(`v1/images/${request.route}`, { ...buildBody(request, fields), method: "POST", signal });
+    return readEvents(response, onEvent);
+  };
+  const waits = { sleep: (seconds) => sleep(seconds, signal), onWait: (seconds) => onEvent("waiting", { seconds }) };
+  return takeTurn(signal, () => retryWhileBusy(run, waits));
 }
 
 /** Return the body of a request: JSON for a prompt, a form with images. */

@@ -4,6 +4,7 @@ import { ApiError, draw, LostServer } from "./api.js";
 import { h, icon, iconButton, newId, say, toast } from "./dom.js";
 import { createItem, findCard, findItem, findItems, findPath, readCards, removeItems, saveCard, saveItem } from "./history.js";
 import { readRecord } from "./png.js";
+import { BusyServer, PASSING_CODES } from "./retries.js";
 
 // What each stage does, in words, and the share of the time in which it usually does it
 const STAGES = {
@@ -13,7 +14,6 @@ const STAGES = {
   upsampler: ["Enlarging", 0.5, 1],
 };
 const MAX_LOSSES = 5; // of the connection in one drawing: a request that ends the server is not sent for ever
-const PASSING_CODES = ["shutting_down", "cancelled", "loading", "worker_lost"]; // of errors that a later try may not have
 
 /** Return a thumbnail that opens its image. */
 export function buildThumbnail(item, app) {
@@ -161,7 +161,7 @@ class CardView {
     const signal = this.controller.signal;
     const results = await Promise.allSettled(this.card.requests.map((request, number) => this.runRequest(request, number, signal)));
     const failure = results.find(({ reason }) => reason && reason.name !== "AbortError")?.reason;
-      await this.keep();
+    await this.keep();
     if (this.card.items.length) {
       await this.restore();
       say(`Drawn: ${this.card.title}`);
@@ -265,7 +265,7 @@ class CardView {
 
 /** Return an error as a sentence. */
 export function explain(error) {
-  if (!(error instanceof ApiError || error instanceof LostServer)) console.error(error);
+  if (![ApiError, LostServer, BusyServer].some((kind) => error instanceof kind)) console.error(error);
   const text = error.message || "Something went wrong";
   return `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }

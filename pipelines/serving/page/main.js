@@ -12,6 +12,7 @@ import { h, openView, say, toast } from "./dom.js";
 import { Gallery, explain } from "./gallery.js";
 import { createItem, findCard, measure, openHistory, readItems, removeItems } from "./history.js";
 import { readRecord } from "./png.js";
+import { retryWhileBusy } from "./retries.js";
 import { Settings } from "./settings.js";
 import { chooseItems, findAction, openViewer } from "./viewer.js";
 import { buildZip } from "./zip.js";
@@ -145,32 +146,52 @@ async function openTool(name, image) {
 
 let returning = null;
 
+function showBanner(...content) {
+  const banner = find("#banner");
+  banner.replaceChildren(...content);
+  banner.hidden = !content.length;
+}
+
 /** Return when the server answers again; the banner says that it does not. */
 function waitForServer(signal) {
   returning ??= (async () => {
-    const banner = find("#banner");
-    banner.hidden = false;
     for (let seconds = 1; ; seconds = Math.min(10, seconds + 1)) {
-      banner.textContent = "The server does not answer. Trying again…";
+      showBanner("The server does not answer. Trying again…");
       await api.sleep(seconds);
       if (await api.isReady()) break;
     }
-    banner.hidden = true;
+    showBanner();
     returning = null;
     toast("The server is back");
   })();
   return Promise.race([returning, new Promise((_, reject) => signal?.addEventListener("abort", () => reject(signal.reason)))]);
 }
 
-/** Return the descriptions of the server's models; waits for a server that does not answer. */
+/** Return the descriptions of the server's models; waits for a server that does not answer, or is busy. */
 async function readModels() {
+  const onWait = (seconds) => showBanner(`The server is busy. Asking again in ${Math.ceil(seconds)} s`);
   for (;;) {
     try {
-      return (await api.read("v1/models")).data;
+      return (await retryWhileBusy(() => api.read("v1/models"), { sleep: api.sleep, onWait })).data;
     } catch (error) {
-      if (!(error instanceof api.LostServer || error.status === 503)) throw error;
+      if (!(error instanceof api.LostServer)) throw error;
       await waitForServer();
     }
+  }
+}
+
+/** Begin to take prompts; what keeps the page from that is said, with a button to try again. */
+async function connect() {
+  try {
+    const models = await readModels();
+    showBanner();
+    showModels(models);
+  } catch (error) {
+    const again = () => {
+      showBanner();
+      connect();
+    };
+    showBanner(`${explain(error)} `, h("button", { class: "button quiet", type: "button", onclick: again }, "Try again"));
   }
 }
 
@@ -316,11 +337,7 @@ async function start() {
   await app.gallery.load();
   // The history is there at once, also while the server is not
   app.drawer = new Settings({}, find("#settings"));
-  try {
-    showModels(await readModels());
-  } catch (error) {
-    toast(explain(error));
-  }
+  await connect();
 }
 
 start();
