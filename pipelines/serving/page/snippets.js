@@ -1,13 +1,13 @@
 // A drawing as code: what a person did with the page, to go on with in Python or a shell.
 
-import { nameFile } from "./api.js";
+import { hasKey, nameFile } from "./api.js";
 import { h, newId, openView, toast } from "./dom.js";
 
 const CLIENT_FIELDS = { generations: ["prompt", "n", "size"], edits: ["prompt", "n", "size"], variations: ["n", "size"] };
 const METHODS = { generations: "generate", edits: "edit", variations: "create_variation" };
 
-/** Return a request as Python, for the client of OpenAI's API. */
-export function writePython(request, base, model) {
+/** Return a request as Python, for the client of OpenAI's API. isLocked: the server asks for a key, which the code reads from $T2I_KEY. */
+export function writePython(request, base, model, isLocked = false) {
   const own = CLIENT_FIELDS[request.route];
   const given = listFields(request);
   const files = listFiles(request);
@@ -23,10 +23,11 @@ export function writePython(request, base, model) {
   if (extra.length) lines.push(`    extra_body={${extra.map(([name, value]) => `"${name}": ${quotePython(value)}`).join(", ")}},`);
   return [
     "import base64",
+    ...(isLocked ? ["import os"] : []),
     "",
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${quotePython(`${base}v1`)}, api_key="none")`,
+    `client = OpenAI(base_url=${quotePython(`${base}v1`)}, api_key=${isLocked ? 'os.environ["T2I_KEY"]' : '"none"'})`,
     `answer = client.images.${METHODS[request.route]}(`,
     ...lines,
     ")",
@@ -36,11 +37,12 @@ export function writePython(request, base, model) {
   ].join("\n");
 }
 
-/** Return a request as a command of a shell. */
-export function writeCurl(request, base, model) {
+/** Return a request as a command of a shell. isLocked: as above. */
+export function writeCurl(request, base, model, isLocked = false) {
   const given = { model, ...listFields(request), response_format: "b64_json" };
   const address = `${base}v1/images/${request.route}`;
-  const parts = [`curl ${quoteShell(address)}`];
+  // In double quotes, so that the shell puts the key there
+  const parts = [`curl ${quoteShell(address)}`, ...(isLocked ? ['-H "Authorization: Bearer $T2I_KEY"'] : [])];
   if (request.route === "generations") {
     parts.push("-H 'Content-Type: application/json'", `-d ${quoteShell(JSON.stringify(given))}`);
   } else {
@@ -84,7 +86,7 @@ export function showSnippets(request, model) {
   const kinds = { ...(request.route in METHODS ? { Python: writePython } : {}), curl: writeCurl };
   const name = newId("kind");
   const radios = Object.entries(kinds).map(([label, write], index) => {
-    const show = () => (code.textContent = write(request, base, model));
+    const show = () => (code.textContent = write(request, base, model, hasKey()));
     const input = h("input", { type: "radio", name, checked: index === 0, onchange: show });
     if (index === 0) show();
     return h("label", {}, input, h("span", {}, label));
@@ -102,5 +104,6 @@ export function showSnippets(request, model) {
   const hasFiles = request.route !== "generations";
   view.body.append(h("fieldset", { class: "segmented" }, h("legend", { class: "unseen" }, "Language"), radios), code);
   if (hasFiles) view.body.append(h("p", { class: "hint" }, "Download the images first; the code opens them by these names."));
+  if (hasKey()) view.body.append(h("p", { class: "hint" }, "The code reads your key from the variable T2I_KEY: set it first."));
   view.actions.append(h("button", { class: "button primary", type: "button", onclick: copy }, "Copy"));
 }
