@@ -58,9 +58,10 @@ export function buildActions(app) {
     star: {
       staysOpen: true, label: "Star", icon: "star", key: "f", hint: "Keep it, whatever else goes", isPossible: always,
       run: async (item) => {
-        await setStar(item, !item.starred);
+        const isKept = await setStar(item, !item.starred);
         app.gallery.mark(item);
-        toast(item.starred ? "Starred" : "Star removed");
+        if (!isKept) toast("The browser has no room to keep this");
+        else toast(item.starred ? "Starred" : "Star removed");
       },
     },
     remove: { label: "Remove", icon: "trash", key: "Delete", hint: "Forget it", isPossible: always, run: (item) => app.gallery.remove(item) },

@@ -132,7 +132,7 @@ async function takeTurn(signal, run) {
  *   "waiting" {seconds}            the server is busy: the request is sent again then
  *   "progress" {stage, step, steps, ...}
  *   "preview" {index, blob}        an estimate of image `index` of the request
- *   "image" {index, blob, seed}    the image
+ *   "image" {index, blob, seed, notes}  the image, and what the server notes about the request
  * request: {route, fields, images, mask}. taken: the names of the fields that the route takes.
  * Raises ApiError, BusyServer, LostServer and AbortError.
  */
@@ -182,11 +182,11 @@ async function readEvents(response, onEvent) {
     if (!data.b64_json) return;
     const blob = decodeImage(data.b64_json, data.output_format);
     if (type.endsWith(".completed")) images += 1;
-    onEvent(type.endsWith(".completed") ? "image" : "preview", { index: data.image_index ?? 0, blob, seed: data.seed });
+    onEvent(type.endsWith(".completed") ? "image" : "preview", { index: data.image_index ?? 0, blob, seed: data.seed, notes: data.notes ?? [] });
   };
   if (!response.headers.get("content-type")?.startsWith("text/event-stream")) {
-    const { data } = await response.json();
-    data.forEach((image, index) => handle({ type: "x.completed", image_index: index, ...image }));
+    const { data, notes } = await response.json();
+    data.forEach((image, index) => handle({ type: "x.completed", image_index: index, notes, ...image }));
     return;
   }
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

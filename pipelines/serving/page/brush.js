@@ -61,7 +61,7 @@ export function openBrush({ image, view, app }) {
   view.body.append(h("div", { class: "tool-layout" }, h("div", { class: "tool-work" }, stage.element), h("div", { class: "tool-panel" }, controls)));
   view.actions.append(count.element, ...foot.elements);
   view.dialog.addEventListener("close", stage.close, { once: true });
-  listenForKeys(view, { mask, brush, panel, bar, refresh });
+  listenForKeys(view, { app, mask, brush, panel, bar, refresh });
   stage.element.focus({ preventScroll: true });
   refresh();
 }
@@ -150,7 +150,7 @@ function buildAreas(mask, refresh) {
 }
 
 /** Keys of the whole dialog: undo and redo, size, erase. */
-function listenForKeys(view, { mask, brush, panel, bar, refresh }) {
+function listenForKeys(view, { app, mask, brush, panel, bar, refresh }) {
   view.dialog.addEventListener("keydown", onKey);
   view.dialog.addEventListener("close", () => view.dialog.removeEventListener("keydown", onKey), { once: true });
 
@@ -162,6 +162,8 @@ function listenForKeys(view, { mask, brush, panel, bar, refresh }) {
       if (!action) return;
       mask[action]();
       refresh();
+    } else if (!app.takesKey(key)) {
+      return;
     } else if (key === "[" || key === "]") {
       const step = Math.max(1, Math.round(0.2 * brush.radius));
       bar.size.set(brush.radius + (key === "]" ? step : -step));

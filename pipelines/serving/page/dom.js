@@ -96,12 +96,24 @@ export function say(text) {
 
 let toastTimer = 0;
 
-/** Show a short note at the foot of the page for a few seconds, and announce it. */
-export function toast(text) {
+/** Show a short note at the foot of the page for a few seconds, and announce it. action: {label, run} of a button in it. */
+export function toast(text, action = null) {
   const note = document.querySelector("#toast");
-  note.textContent = text;
+  const hide = () => {
+    // One who is about to press has time
+    if (note.matches(":hover, :focus-within")) return wait();
+    note.classList.remove("shown");
+    button?.remove();
+  };
+  const wait = () => (toastTimer = setTimeout(hide, action ? 10_000 : 3500));
+  const press = () => {
+    button.remove();
+    note.classList.remove("shown");
+    action.run();
+  };
+  const button = action && h("button", { class: "toast-button", type: "button", onclick: press }, action.label);
+  note.replaceChildren(h("span", {}, text), ...(button ? [button] : []));
   note.classList.add("shown");
-  say(text);
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => note.classList.remove("shown"), 3500);
+  wait();
 }

@@ -1,8 +1,9 @@
-// The gallery: a card for each drawing, with previews while it is drawn, and the actions under each image.
+// The gallery: a card for each drawing, with previews while it is drawn, then with its images.
 
 import { ApiError, draw, LostServer } from "./api.js";
-import { h, icon, iconButton, newId, say, toast } from "./dom.js";
-import { createItem, findCard, findItem, findItems, findPath, readCards, removeItems, saveCard, saveItem } from "./history.js";
+import { h, iconButton, newId, say, toast } from "./dom.js";
+import { createItem, findCard, findItem, findItems, putBack, readCards, removeItems, saveDrawing } from "./history.js";
+import { Slot, buildPath } from "./pictures.js";
 import { readRecord } from "./png.js";
 import { BusyServer, PASSING_CODES } from "./retries.js";
 
@@ -15,88 +16,10 @@ const STAGES = {
 };
 const MAX_LOSSES = 5; // of the connection in one drawing: a request that ends the server is not sent for ever
 
-/** Return a thumbnail that opens its image. */
-export function buildThumbnail(item, app) {
-  const label = `Open the image ${item.prompt ? `“${item.prompt}”` : "without words"}`;
-  return h("button", { class: "thumbnail", type: "button", "aria-label": label, onclick: () => app.view(item) }, h("img", { src: item.url, alt: "", loading: "lazy" }));
-}
-
-/** Return the path of ancestors to some parents, oldest first, as thumbnails; null if there are none. */
-export async function buildPath(parents, app) {
-  if (!parents.length) return null;
-  const steps = [...(await findPath(parents[0])), parents];
-  const list = h("ol", { class: "path", "aria-label": "Drawn from" });
-  for (const step of steps) list.append(h("li", {}, step.map((item) => buildThumbnail(item, app)), icon("next")));
-  return list;
-}
-
-/** One place for an image in a card: empty, with a preview, or with the image. */
-class Slot {
-  constructor(view, caption) {
-    this.view = view;
-    this.item = null;
-    this.image = h("img", { alt: "", decoding: "async" });
-    this.frame = h("div", { class: "picture-frame blank" });
-    this.tools = h("div", { class: "picture-tools" });
-    this.element = h("figure", { class: "picture" }, this.frame, caption ? h("figcaption", {}, caption) : null, this.tools);
-  }
-
-  /** Show an estimate of the image. */
-  preview(blob) {
-    if (this.item) return;
-    const url = URL.createObjectURL(blob);
-    const image = h("img", { alt: "", class: "preview", src: url });
-    image.addEventListener("load", () => {
-      URL.revokeObjectURL(url);
-      if (this.item) return;
-      this.frame.classList.remove("blank");
-      // The one before stays below, so that each preview appears over the last
-      this.frame.append(image);
-      setTimeout(() => [...this.frame.children].slice(0, -1).forEach((older) => older.remove()), 400);
-    });
-  }
-
-  /** Show an item, with its actions. */
-  show(item) {
-    const { app, card } = this.view;
-    this.item = item;
-    this.element.dataset.item = item.id;
-    const place = card.items.length > 1 ? `, ${card.items.indexOf(item.id) + 1} of ${card.items.length}` : "";
-    const label = `${item.prompt || card.title}${place}`;
-    this.image.src = item.url;
-    this.image.width = item.width;
-    this.image.height = item.height;
-    const open = h("button", { class: "picture-open", type: "button", "aria-label": `Open the image: ${label}`, onclick: () => app.view(item) }, this.image);
-    this.frame.classList.remove("blank");
-    this.frame.classList.toggle("wide", item.width > item.height);
-    this.frame.replaceChildren(open);
-    this.star = iconButton("star", "Star", () => app.actions.star.run(item), { class: "star" });
-    const text = (name) => {
-      const action = app.actions[name];
-      return h("button", { class: "button text", type: "button", title: action.hint, "aria-label": `${action.label}: ${label}`, onclick: () => action.run(item) }, icon(action.icon), h("span", {}, action.label));
-    };
-    const more = iconButton("more", `More actions: ${label}`, (event) => app.openMenu(item, event.currentTarget), { "aria-haspopup": "menu" });
-    // Those that the menu has too show where there is room
-    const roomy = (name) => {
-      const action = app.actions[name];
-      return action.isPossible(item) ? iconButton(action.icon, `${action.label}: ${label}`, () => action.run(item), { class: "roomy", title: action.label }) : null;
-    };
-    const buttons = [text("variations"), text("edit"), text("mix"), h("span", { class: "spacer" }), roomy("again"), roomy("download"), this.star, more];
-    this.tools.replaceChildren(...buttons.filter(Boolean));
-    this.mark();
-  }
-
-  /** Show whether the image has a star. */
-  mark() {
-    this.star.setAttribute("aria-pressed", this.item.starred);
-    this.star.setAttribute("aria-label", `Star: ${this.item.prompt || this.view.card.title}`);
-  }
-}
-
 /** A card: its head, its progress and its images. */
 class CardView {
   constructor(gallery, card) {
-    Object.assign(this, { gallery, card, app: gallery.app, progress: [], slots: [], isDrawing: false });
+    Object.assign(this, { gallery, card, app: gallery.app, progress: [], slots: [], told: new Set(), isDrawing: false });
     this.starts = [];
     for (const request of card.requests) {
       this.starts.push(this.slots.length);
@@ -111,7 +34,8 @@ class CardView {
     this.status = h("div", { class: "card-status", hidden: true }, this.bar, h("div", { class: "status-line" }, this.text));
     this.pictures = h("div", { class: `pictures ${card.layout ?? "grid"}` }, this.slots.map((slot) => slot.element));
     if (card.layout === "strip") Object.entries({ tabindex: 0, role: "group", "aria-label": card.title }).forEach(([name, value]) => this.pictures.setAttribute(name, value));
-    this.element = h("article", { class: "card", "aria-labelledby": id }, this.head, this.status, this.pictures);
+    this.notes = h("ul", { class: "card-notes hint", "aria-label": "Notes", hidden: true });
+    this.element = h("article", { class: "card", "aria-labelledby": id }, this.head, this.status, this.pictures, this.notes);
     this.showPath();
   }
 
@@ -129,6 +53,9 @@ class CardView {
     this.slots.filter((slot) => !slots.includes(slot)).forEach((slot) => slot.element.remove());
     this.slots = slots;
     items.forEach((item, index) => slots[index].show(item));
+    const notes = this.card.notes ?? [];
+    this.notes.hidden = !notes.length;
+    this.notes.replaceChildren(...notes.map((note) => h("li", {}, formatSentence(note))));
     this.finish();
   }
 
@@ -141,8 +68,15 @@ class CardView {
       tools.push(iconButton("again", "Draw again, with a new seed", () => this.app.drawAgain(this.card)));
     }
     tools.push(iconButton("trash", "Remove these images", () => this.gallery.removeCard(this)));
-    this.tools.replaceChildren(...tools);
+    this.showTools(tools);
     this.gallery.update();
+  }
+
+  /** Show the buttons of the card's head; the focus that one of those before had goes to the first. */
+  showTools(tools) {
+    const hadFocus = this.tools.contains(document.activeElement);
+    this.tools.replaceChildren(...tools);
+    if (hadFocus) tools[0].focus();
   }
 
   /** Draw, from the start to the end. */
@@ -154,7 +88,7 @@ class CardView {
     this.element.classList.add("drawing");
     this.element.classList.remove("failed");
     this.status.hidden = false;
-    this.tools.replaceChildren(h("button", { class: "button quiet", type: "button", onclick: () => this.cancel() }, "Cancel"));
+    this.showTools([h("button", { class: "button quiet", type: "button", onclick: () => this.cancel() }, "Cancel")]);
     this.showText("Sending");
     this.gallery.update();
     say(`Drawing: ${this.card.title}`);
@@ -198,7 +132,8 @@ class CardView {
     }
   }
 
-  async takeImage(slot, number, { blob, index }) {
+  async takeImage(slot, number, { blob, index, notes = [] }) {
+    notes.forEach((note) => this.told.add(note));
     const record = await readRecord(blob);
     const { prompt, title, id, parents } = { prompt: this.card.requests[number].fields.prompt, ...this.card };
     slot.drawn = await createItem(blob, { record, prompt: prompt ?? title, parents, card: id, request: number, place: index });
@@ -210,8 +145,10 @@ class CardView {
     const items = this.slots.map((slot) => slot.drawn).filter(Boolean);
     this.card.items = items.map((item) => item.id);
     if (!items.length) return;
-    for (const item of items) await saveItem(item);
-    await saveCard(this.card);
+    this.card.notes = [...this.told];
+    const isKept = await saveDrawing(this.card, items).catch((error) => console.error(error));
+    // They are there all the same, and can be downloaded
+    if (!isKept) toast("The browser has no room for these images: they last until this tab is closed");
   }
 
   showProgress(number, kind, data) {
@@ -258,7 +195,7 @@ class CardView {
     this.showText(explain(error));
     say(explain(error));
     const again = h("button", { class: "button quiet", type: "button", onclick: () => this.run() }, "Try again");
-    this.tools.replaceChildren(again, iconButton("close", "Dismiss", () => this.gallery.drop(this)));
+    this.showTools([again, iconButton("close", "Dismiss", () => this.gallery.drop(this))]);
     this.gallery.update();
   }
 }
@@ -266,7 +203,10 @@ class CardView {
 /** Return an error as a sentence. */
 export function explain(error) {
   if (![ApiError, LostServer, BusyServer].some((kind) => error instanceof kind)) console.error(error);
-  const text = error.message || "Something went wrong";
+  return formatSentence(error.message || "Something went wrong");
+}
+
+function formatSentence(text) {
   return `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }
 
@@ -281,7 +221,7 @@ function formatSeconds(seconds, after = "") {
 export class Gallery {
   /** onchange: called when a card begins, ends or goes. */
   constructor(element, app, onchange) {
-    Object.assign(this, { element, app, onchange, views: [], starred: false, more: false });
+    Object.assign(this, { element, app, onchange, views: [], starred: false, more: false, undo: null });
   }
 
   get isEmpty() {
@@ -311,12 +251,25 @@ export class Gallery {
   async add(item, title) {
     const card = { id: newCardId(), created: Date.now(), title, layout: "grid", requests: [{ route: null, fields: { n: 1 } }], parents: [], items: [item.id] };
     item.card = card.id;
-    await saveItem(item);
-    await saveCard(card);
+    const isKept = await saveDrawing(card, [item]);
+    if (!isKept) toast("The browser has no room for this image: it lasts until this tab is closed");
+    await this.place(card);
+  }
+
+  /** Show a card as it is now: where it was, or at its place in time. Returns its view. */
+  async place(card) {
     const view = new CardView(this, card);
-    this.views.unshift(view);
-    this.element.prepend(view.element);
+    const before = this.views.find((other) => other.card === card);
+    const at = before ? this.views.indexOf(before) : this.views.findIndex((other) => other.card.created < card.created);
+    if (before) {
+      before.element.replaceWith(view.element);
+      this.views[at] = view;
+    } else {
+      this.element.insertBefore(view.element, this.views[at]?.element ?? null);
+      this.views.splice(at < 0 ? this.views.length : at, 0, view);
+    }
     await view.restore();
+    return view;
   }
 
   /** Show the history, or those cards that have a star. */
@@ -328,17 +281,22 @@ export class Gallery {
     await this.loadMore();
   }
 
-  /** Show older cards. */
+  /** Show older cards. While some are being read, the newest call goes on and those before it end. */
   async loadMore() {
+    const turn = (this.turn = {});
     const shown = this.views.filter((view) => !view.isDrawing);
     const before = shown.length ? Math.min(...shown.map((view) => view.card.created)) : Infinity;
     const { cards, more } = await readCards({ before, starred: this.starred });
+    if (this.turn !== turn) return;
     this.more = more;
     for (const card of cards) {
+      // One that was being drawn when the others were read has its view
+      if (this.views.some((view) => view.card.id === card.id)) continue;
       const view = new CardView(this, card);
       this.views.push(view);
       this.element.append(view.element);
       await view.restore();
+      if (this.turn !== turn) return;
     }
     this.update();
   }
@@ -348,28 +306,50 @@ export class Gallery {
     for (const slot of this.views.flatMap((view) => view.slots)) if (slot.item === item) slot.mark();
   }
 
+  /** Take a card away; the focus that was in it goes to the next card. */
   drop(view) {
+    const next = view.element.nextElementSibling ?? view.element.previousElementSibling;
+    const hadFocus = view.element.contains(document.activeElement);
     this.views = this.views.filter((other) => other !== view);
     view.element.remove();
+    if (hadFocus) (next?.querySelector(".picture-open") ?? document.querySelector("#prompt")).focus();
     this.update();
   }
 
   async removeCard(view) {
-    const next = view.element.nextElementSibling ?? view.element.previousElementSibling;
-    await removeItems(view.card.items);
+    const removed = await removeItems(view.card.items);
     this.drop(view);
-    (next?.querySelector(".picture-open") ?? document.querySelector("#prompt")).focus();
-    toast("Removed");
+    this.offerUndo(removed);
   }
 
   /** Remove one image; with the last one its card goes. */
   async remove(item) {
     const view = this.views.find((other) => other.slots.some((slot) => slot.item === item));
     if (view && view.card.items.length < 2) return this.removeCard(view);
-    await removeItems([item.id]);
-    view?.slots.find((slot) => slot.item === item).element.remove();
-    if (view) view.slots = view.slots.filter((slot) => slot.item !== item);
-    toast("Removed");
+    const removed = await removeItems([item.id]);
+    if (view) {
+      const at = view.slots.findIndex((slot) => slot.item === item);
+      view.slots.splice(at, 1)[0].element.remove();
+      // The focus stays in the card, as the image that had it is gone
+      view.slots[Math.min(at, view.slots.length - 1)]?.focus();
+    }
+    this.offerUndo(removed);
+  }
+
+  /** Say what was removed. `undo` brings it back, until something else is removed. */
+  offerUndo(removed) {
+    this.undo = async () => {
+      this.undo = null;
+      const isKept = await putBack(removed);
+      for (const { card } of removed.cards) {
+        const view = await this.place(card);
+        view.slots.find((slot) => removed.items.includes(slot.item))?.focus();
+      }
+      toast(isKept ? "Brought back" : "Brought back, until this tab is closed: the browser has no room");
+    };
+    const { undo } = this;
+    const run = () => this.undo === undo && undo();
+    toast(removed.items.length > 1 ? `${removed.items.length} images removed` : "Removed", { label: "Undo", run });
   }
 
   cancelAll() {

@@ -18,7 +18,7 @@ const finish = (request) =>
     request.onerror = () => reject(request.error);
   });
 
-const store = (name, mode = "readonly") => database.transaction(name, mode).objectStore(name);
+const store = (name) => database.transaction(name).objectStore(name);
 
 /** Open the history. Where the browser keeps nothing, it lasts as long as the page; returns whether it is kept. */
 export async function openHistory() {
@@ -47,27 +47,47 @@ export async function createItem(blob, { record = null, prompt = "", parents = [
   return item;
 }
 
-async function put(name, value) {
-  if (!database) return;
-  try {
-    await finish(store(name, "readwrite").put(value));
-  } catch (error) {
-    if (error?.name !== "QuotaExceededError") throw error;
-    await trim(0.7);
+/** Change both stores in one transaction. The browser may refuse it as late as at its end, for want of room. */
+function change(act) {
+  if (!database) return Promise.resolve();
+  return new Promise((resolve, reject) => {
+    const transaction = database.transaction(["items", "cards"], "readwrite");
+    transaction.oncomplete = () => resolve();
+    transaction.onabort = () => reject(transaction.error);
+    act({ items: transaction.objectStore("items"), cards: transaction.objectStore("cards") });
+  });
+}
+
+/** Run a write; while the browser has no room for it, make some and write again. Returns whether it was written. */
+export async function writeWithRoom(write, makeRoom) {
+  for (const share of [0.7, 0.4, null]) {
+    try {
+      await write();
+      return true;
+    } catch (error) {
+      if (error?.name !== "QuotaExceededError") throw error;
+      if (share === null || !(await makeRoom(share))) break;
+    }
   }
+  return false;
 }
 
-/** Keep an item. */
-export function saveItem(item) {
-  const { url, ...kept } = item;
-  return put("items", kept);
+/** Keep items and cards, all or none. Returns false if the browser has no room for them: they last as long as the page. */
+function keep(kept, changed = []) {
+  const write = () =>
+    change((stores) => {
+      for (const { url, ...item } of kept) stores.items.put(item);
+      for (const card of changed) stores.cards.put(card);
+    });
+  return writeWithRoom(write, (share) => makeRoom(share, kept));
 }
 
-/** Keep a card, and drop the oldest without a star beyond the bounds. */
-export async function saveCard(card) {
+/** Keep a card and the images that it drew, and drop the oldest without a star beyond the bounds. Returns as `keep`. */
+export async function saveDrawing(card, drawn) {
   cards.set(card.id, card);
-  await put("cards", card);
-  await trim();
+  const isKept = await keep(drawn, [card]);
+  await dropOldest(await readItems(), { count: MAX_IMAGES, bytes: MAX_BYTES });
+  return isKept;
 }
 
 /** Return an item by its id; null if it is gone. */
@@ -124,47 +144,77 @@ export const findChildren = (item) => sortCards().filter((card) => card.parents.
 /** Return the card that drew an item. */
 export const findCard = (item) => cards.get(item.card) ?? null;
 
-/** Give an item a star, or take it. */
+/** Give an item a star, or take it. Returns as `keep`. */
 export function setStar(item, starred) {
   item.starred = starred;
-  return saveItem(item);
+  return keep([item]);
 }
 
-/** Forget some images, and cards that have none left. */
+/** Forget some images, and cards that have none left. Returns what `putBack` takes. */
 export async function removeItems(ids) {
   const gone = new Set(ids);
-  for (const id of gone) {
-    // Others may still show it, as a parent: its address ends with the page
-    items.delete(id);
-    if (database) await finish(store("items", "readwrite").delete(id));
-  }
-  for (const card of [...cards.values()].filter((one) => one.items.some((id) => gone.has(id)))) {
+  const touched = [...cards.values()].filter((card) => card.items.some((id) => gone.has(id)));
+  const removed = { items: await findItems([...gone]), cards: touched.map((card) => ({ card, before: card.items })) };
+  for (const card of touched) {
     card.items = card.items.filter((id) => !gone.has(id));
-    if (card.items.length) await put("cards", card);
-    else {
-      cards.delete(card.id);
-      if (database) await finish(store("cards", "readwrite").delete(card.id));
-    }
+    if (!card.items.length) cards.delete(card.id);
   }
+  await change((stores) => {
+    for (const id of gone) stores.items.delete(id);
+    for (const card of touched) {
+      if (card.items.length) stores.cards.put(card);
+      else stores.cards.delete(card.id);
+    }
+  });
+  // Others may still show one, as a parent: its address ends with the page
+  for (const id of gone) items.delete(id);
+  return removed;
+}
+
+/** Bring back what `removeItems` took, to the places that it had. Returns as `keep`. */
+export function putBack(removed) {
+  const back = new Set(removed.items.map((item) => item.id));
+  for (const item of removed.items) items.set(item.id, item);
+  for (const { card, before } of removed.cards) {
+    // Others of the card may have gone since
+    card.items = before.filter((id) => back.has(id) || card.items.includes(id));
+    cards.set(card.id, card);
+  }
+  return keep(removed.items, removed.cards.map(({ card }) => card));
 }
 
 /** Return how many images are kept, and their bytes. */
 export async function measure() {
   const found = await readItems();
-  return { images: found.length, bytes: found.reduce((sum, item) => sum + item.blob.size, 0), limit: MAX_IMAGES };
+  return { images: found.length, bytes: sumBytes(found), limit: MAX_IMAGES };
 }
 
-/** Drop the oldest images without a star beyond a part of the bounds. */
-async function trim(part = 1) {
-  const found = await readItems();
-  let [count, bytes] = [found.length, found.reduce((sum, item) => sum + item.blob.size, 0)];
-  const dropped = [];
-  for (const item of found.reverse()) {
-    if (count <= part * MAX_IMAGES && bytes <= part * MAX_BYTES) break;
+const sumBytes = (found) => found.reduce((sum, item) => sum + item.blob.size, 0);
+
+/** Return those of some images, the newest first, that go so that the others keep bounds: the oldest without a star. */
+export function chooseOldest(found, { count, bytes }) {
+  let [left, size] = [found.length, sumBytes(found)];
+  const chosen = [];
+  for (const item of [...found].reverse()) {
+    if (left <= count && size <= bytes) break;
     if (item.starred) continue;
-    dropped.push(item.id);
-    count -= 1;
-    bytes -= item.blob.size;
+    chosen.push(item);
+    left -= 1;
+    size -= item.blob.size;
   }
-  if (dropped.length) await removeItems(dropped);
+  return chosen;
+}
+
+/** Drop the oldest of some images. Returns how many went. */
+async function dropOldest(found, bounds) {
+  const chosen = chooseOldest(found, bounds);
+  if (chosen.length) await removeItems(chosen.map((item) => item.id));
+  return chosen.length;
+}
+
+/** Drop the oldest until a share of the bytes is left; what is just being kept stays. Returns how many went. */
+async function makeRoom(share, kept) {
+  const found = (await readItems()).filter((item) => !kept.includes(item));
+  // A share of what there is: the browser's bound may lie far below this page's
+  return dropOldest(found, { count: MAX_IMAGES, bytes: share * sumBytes(found) });
 }

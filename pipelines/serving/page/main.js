@@ -11,6 +11,7 @@ import { Composer } from "./composer.js";
 import { h, openView, say, toast } from "./dom.js";
 import { Gallery, explain } from "./gallery.js";
 import { createItem, findCard, measure, openHistory, readItems, removeItems } from "./history.js";
+import { areShortcutsOn, isComposing, isTaken, readEscape, turnShortcuts } from "./keys.js";
 import { readRecord } from "./png.js";
 import { retryWhileBusy } from "./retries.js";
 import { Settings } from "./settings.js";
@@ -24,7 +25,7 @@ const TOOLS = {
   change: { title: "Change", module: "./diff.js", open: "openDiff" },
 };
 const KEYS = {
-  "/": "Write a prompt", Enter: "Draw", s: "Settings", o: "Open an image", "*": "Starred only", Escape: "Close, or cancel what is drawn", "?": "These shortcuts",
+  "/": "Write a prompt", Enter: "Draw", s: "Settings", o: "Open an image", "*": "Starred only", Escape: "Close, or cancel what is drawn", "Ctrl Z": "Bring back what was removed", "?": "These shortcuts",
 };
 const find = (selector) => document.querySelector(selector);
 
@@ -50,6 +51,8 @@ const app = {
   waitForServer,
   recall,
   drawAgain,
+  /** Return whether a key does something: a person may turn single characters off. */
+  takesKey: (key) => isTaken(key, areShortcutsOn()),
 };
 
 // Images from elsewhere
@@ -67,9 +70,12 @@ async function openImage(file) {
 
 /** Put a dropped, pasted or chosen file into the gallery; an image that was drawn here brings its settings. */
 async function takeFile(file) {
+  // In a dialog it is an ingredient: the words and settings of the page are the person's own
+  const isIngredient = find("dialog[open]") !== null;
   try {
     const item = await openImage(file);
     await app.gallery.add(item, item.prompt || file.name || "Your image");
+    if (isIngredient) return item;
     if (item.record) recall(item);
     else toast("Vary it, edit it or mix it");
     return item;
@@ -250,6 +256,7 @@ function clearHistory() {
   view.body.append(h("p", {}, "Images with a star go too. Files that you downloaded stay."));
   const remove = async () => {
     await removeItems((await readItems()).map((item) => item.id));
+    app.gallery.undo = null;
     view.close();
     await app.gallery.load();
     showHistorySize();
@@ -267,7 +274,9 @@ function showKeys() {
   const view = openView("Keyboard", { kind: "keys" });
   const list = (entries) => h("dl", { class: "keys" }, entries.map(([key, label]) => h("div", {}, h("dt", {}, h("kbd", {}, key)), h("dd", {}, label))));
   const actions = Object.values(app.actions).map(({ key, label }) => [key, label]);
+  const switcher = h("input", { type: "checkbox", checked: areShortcutsOn(), onchange: () => turnShortcuts(switcher.checked) });
   view.body.append(
+    h("label", { class: "check" }, switcher, h("span", {}, "Shortcuts of a single character are on")),
     h("section", {}, h("h3", {}, "Everywhere"), list(Object.entries(KEYS))),
     h("section", {}, h("h3", {}, "On an image"), list([["← →", "The next image"], ["Enter", "Open it"], ...actions])),
   );
@@ -275,9 +284,11 @@ function showKeys() {
 
 function watchKeys() {
   addEventListener("keydown", (event) => {
-    if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || find("dialog[open]")) return;
-    if (event.key === "Escape") return leave();
-    if (event.target.closest("input, textarea, select, [role=menu]")) return;
+    if (event.defaultPrevented || event.altKey || isComposing(event) || find("dialog[open]")) return;
+    const field = event.target.closest("input, textarea, select");
+    if (event.ctrlKey || event.metaKey) return undo(event, field);
+    if (event.key === "Escape") return leave(event);
+    if (field || event.target.closest("[role=menu]")) return;
     const picture = event.target.closest(".picture[data-item]");
     const slot = picture && app.gallery.views.flatMap((view) => view.slots).find((one) => one.element === picture);
     const action = slot && findAction(app, event.key, slot.item);
@@ -285,16 +296,26 @@ function watchKeys() {
     const shortcuts = { "/": () => app.composer.focus(), s: () => app.drawer.toggle(), o: chooseFile, "*": toggleStarred, "?": showKeys };
     if (action) action.run(slot.item);
     else if (picture && moves) focusNeighbour(picture, moves);
-    else if (shortcuts[event.key]) shortcuts[event.key]();
+    else if (shortcuts[event.key] && app.takesKey(event.key)) shortcuts[event.key]();
     else return;
     event.preventDefault();
   });
 }
 
 /** Close the drawer, or cancel the newest drawing. */
-function leave() {
-  if (app.drawer.isOpen) app.drawer.toggle(false);
-  else app.gallery.drawing[0]?.cancel();
+function leave(event) {
+  const [drawing] = app.gallery.drawing;
+  const inChoice = event.target.closest("select") !== null;
+  const meaning = readEscape({ hasMenu: find("[role=menu]") !== null, inChoice, isDrawerOpen: app.drawer.isOpen, isDrawing: Boolean(drawing) });
+  if (meaning === "close") app.drawer.toggle(false);
+  else if (meaning === "cancel") drawing.cancel();
+}
+
+/** Bring back what was removed last; a field with words has an undo of its own. */
+function undo(event, field) {
+  if (event.key.toLowerCase() !== "z" || event.shiftKey || field?.value || !app.gallery.undo) return;
+  event.preventDefault();
+  app.gallery.undo();
 }
 
 function focusNeighbour(picture, by) {

@@ -2,8 +2,8 @@
 // images for a tool.
 
 import { h, icon, iconButton, openView } from "./dom.js";
-import { buildPath, buildThumbnail } from "./gallery.js";
 import { findChildren, findItems, readItems } from "./history.js";
+import { buildPath, buildThumbnail, nameImage } from "./pictures.js";
 
 const RECORD_LABELS = {
   seed: "Seed",
@@ -54,8 +54,8 @@ export function openViewer(first, app) {
   show(first);
 }
 
-/** Return the action of a key, if it is possible for an item. */
-export const findAction = (app, key, item) => Object.values(app.actions).find((action) => action.key === key && action.isPossible(item));
+/** Return the action of a key, if it is possible for an item, and the key is not turned off. */
+export const findAction = (app, key, item) => (app.takesKey(key) ? Object.values(app.actions).find((action) => action.key === key && action.isPossible(item)) : undefined);
 
 /** Run an action of the view. Those that lead elsewhere close it first. */
 function run(view, action, item, refresh) {
@@ -133,7 +133,7 @@ export async function chooseItems({ title = "Choose an image", multiple = false 
     };
     const grid = h("div", { class: "choices" });
     for (const item of items) {
-      const given = { class: "thumbnail large", type: "button", "aria-label": item.prompt || "Image without words", ...(multiple ? { "aria-pressed": "false" } : {}) };
+      const given = { class: "thumbnail large", type: "button", "aria-label": nameImage(item), ...(multiple ? { "aria-pressed": "false" } : {}) };
       grid.append(h("button", { ...given, onclick: (event) => toggle(item, event.currentTarget) }, h("img", { src: item.url, alt: "", loading: "lazy" })));
     }
     const open = async () => {

@@ -7,6 +7,8 @@ import zipfile
 import pytest
 from PIL import Image, ImageChops
 
+from tests.serving.browser.helpers import add_image, build_image, open_tool
+
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 DARK = {"color_scheme": "dark"}
 
@@ -179,6 +181,137 @@ def test_the_keyboard_alone_draws_moves_and_opens(visit):
     page.keyboard.press("Escape")
     page.keyboard.press("?")
     page.get_by_role("dialog").get_by_role("heading", name="Keyboard").wait_for()
+
+
+def test_a_removed_image_comes_back_and_the_focus_stays_near(visit):
+    page = visit.page
+    visit.draw("a cat")
+    names = [star.get_attribute("aria-label") for star in page.locator(".star").all()]
+    assert names == [f"Star: a cat, {number} of 4" for number in range(1, 5)]
+    before = [visit.pictures.nth(index).get_attribute("data-item") for index in range(4)]
+    find_focus = "document.activeElement.closest('.picture')?.dataset.item"
+    visit.pictures.nth(1).locator(".picture-open").focus()
+    page.keyboard.press("f")
+    page.locator('.star[aria-pressed="true"]').wait_for()
+    page.keyboard.press("Delete")
+    page.get_by_role("button", name="Undo").wait_for()
+    assert page.evaluate(find_focus) == before[2]
+    assert sorted(item["id"] for item in visit.read_items()) == sorted(set(before) - {before[1]})
+    page.keyboard.press("Control+z")
+    page.locator("#toast", has_text="Brought back").wait_for()
+    assert [visit.pictures.nth(index).get_attribute("data-item") for index in range(4)] == before
+    assert page.evaluate(find_focus) == before[1]
+    assert {item["id"]: item["starred"] for item in visit.read_items()} == {key: key == before[1] for key in before}
+    # A whole card, by the button of the note
+    page.get_by_role("button", name="Remove these images").click()
+    page.locator(".card").wait_for(state="detached")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.get_by_role("button", name="Undo").click()
+    visit.wait_for_pictures(4)
+    visit.open()
+    visit.wait_for_pictures(4)
+    assert [visit.pictures.nth(index).get_attribute("data-item") for index in range(4)] == before
+
+
+def test_escape_closes_a_menu_and_shortcuts_can_be_turned_off(visit):
+    page = visit.page
+    add_image(page, build_image())
+    visit.open(steps=100)
+    page.get_by_label("Prompt", exact=True).fill("a cat")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Cancel", exact=True).wait_for()
+    visit.pictures.nth(0).get_by_role("button", name="More actions").click()
+    page.keyboard.press("Escape")
+    page.get_by_role("menu").wait_for(state="detached")
+    assert page.locator(".card.drawing").count() == 1
+    page.keyboard.press("Escape")
+    page.locator(".card.drawing").wait_for(state="detached")
+    page.get_by_role("button", name="Keyboard shortcuts").click()
+    page.get_by_role("checkbox").uncheck()
+    page.keyboard.press("Escape")
+    page.locator("dialog").wait_for(state="detached")
+    page.keyboard.press("s")
+    page.keyboard.press("?")
+    assert page.locator("dialog").count() == 0 and page.locator("#settings").is_hidden()
+
+
+def test_an_ingredient_leaves_the_prompt_and_settings_as_they_are(visit):
+    visit.draw("a cat")
+    page = visit.page
+    with page.expect_download() as download:
+        visit.pictures.nth(0).locator(".picture-open").focus()
+        page.keyboard.press("d")
+    kept = page.evaluate("localStorage.getItem('t2i.settings')")
+    page.get_by_label("Prompt", exact=True).fill("a dog")
+    open_tool(visit.pictures.nth(0), "Mix")
+    page.get_by_role("button", name="Add images").click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Open a file").click()
+    chooser.value.set_files(download.value.path())
+    page.locator(".anchor").nth(1).wait_for()
+    assert page.get_by_label("Prompt", exact=True).input_value() == "a dog"
+    assert page.evaluate("localStorage.getItem('t2i.settings')") == kept
+
+
+def test_older_images_are_shown_once_however_often_they_are_asked_for(visit):
+    visit.page.evaluate(
+        """async () => {
+          const open = indexedDB.open("t2i");
+          await new Promise((resolve) => (open.onsuccess = resolve));
+          const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
+          const blob = await new Promise((resolve) => canvas.toBlob(resolve));
+          const file = { blob, width: 8, height: 8, prompt: "old", starred: false, record: null };
+          const drawing = { title: "old", layout: "grid", requests: [{ route: null, fields: { n: 1 } }] };
+          const transaction = open.result.transaction(["items", "cards"], "readwrite");
+          for (let number = 1; number <= 20; number++) {
+            const about = { id: `${number}`, created: number, parents: [] };
+            transaction.objectStore("items").put({ ...about, ...file, card: about.id, request: 0, place: 0 });
+            transaction.objectStore("cards").put({ ...about, ...drawing, items: [about.id] });
+          }
+          await new Promise((resolve) => (transaction.oncomplete = resolve));
+          open.result.close();
+        }"""
+    )
+    visit.open()
+    visit.wait_for_pictures(12)
+    more = visit.page.get_by_role("button", name="Show older images")
+    more.wait_for()
+    more.evaluate("(button) => [button.click(), button.click()]")
+    visit.wait_for_pictures(20)
+    more.wait_for(state="hidden")
+    shown = visit.pictures.evaluate_all("(all) => all.map((picture) => picture.dataset.item)")
+    assert shown == [str(number) for number in range(20, 0, -1)]
+
+
+def test_what_the_server_notes_is_under_the_card(visit):
+    visit.draw("a cat and " * 60 + "a dog")
+    note = visit.page.locator(".card-notes li")
+    said = note.inner_text()
+    assert "cut" in said and said.endswith(".")
+    visit.open()
+    note.wait_for()
+    assert note.inner_text() == said
+
+
+def test_a_busy_server_is_asked_again_and_then_the_person(visit):
+    page = visit.page
+    answers = [{"retry-after": "2"}, {"retry-after": "1000"}]
+    body = json.dumps({"error": {"message": "the queue is full", "code": "queue_full"}})
+
+    def refuse(route):
+        if not answers:
+            return route.fallback()
+        headers = {"content-type": "application/json", **answers.pop(0)}
+        return route.fulfill(status=429, headers=headers, body=body)
+
+    page.route("**/v1/images/generations", refuse)
+    page.get_by_label("Prompt", exact=True).fill("a cat")
+    page.keyboard.press("Enter")
+    page.get_by_text("The server is busy. Asking again in 2 s").wait_for()
+    page.locator(".card.failed", has_text="busy for 5 minutes").wait_for()
+    page.get_by_role("button", name="Try again").click()
+    visit.wait_for_pictures(4)
+    visit.errors = [error for error in visit.errors if "status of 429" not in error]
 
 
 @pytest.mark.parametrize("visit", [{}, DARK, PHONE], indirect=True, ids=["light", "dark", "phone"])
