@@ -8,7 +8,7 @@ replica does everything else as `t2i serve` does.
 
 import threading
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.gateway.log import open_request_log
@@ -25,6 +25,15 @@ IMAGE_SECONDS = 30.0  # for an image between two machines
 METRICS_SECONDS = 10.0  # between two reports of the metrics to Ray
 # Settings of the server that Ray Serve decides, or that have no meaning for replicas of one model
 NOT_ARGUMENTS = ("port", "models", "devices", "workers", "limits")
+
+TYPE_WORDS = {
+    str: "a text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a text or a list of texts",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -59,17 +68,40 @@ class RaySettings(ServerSettings):
 
 def read_arguments(arguments: dict[str, Any]) -> RaySettings:
     """Return the settings of `serve run`'s NAME=VALUE arguments. Raises InputError for a name or value not allowed."""
-    import yaml
-
     known = {field.name: field for field in fields(RaySettings) if field.name not in NOT_ARGUMENTS}
-    values = {}
-    for name, value in arguments.items():
+    for name in arguments:
         if name not in known:
             raise InputError(f"no argument {name!r}; there are {', '.join(known)}")
-        # On a command line all values are texts; those of a YAML file have their types
-        is_text = known[name].type in (str, str | None)
-        values[name] = yaml.safe_load(value) if isinstance(value, str) and not is_text else value
-    return RaySettings(**values)
+    return RaySettings(**{name: read_value(name, known[name].type, value) for name, value in arguments.items()})
+
+
+def read_value(name: str, kind: Any, value: Any) -> Any:
+    """Return the value of an argument for a setting of this type. Raises InputError for one of another type.
+
+    On a command line all values are texts, read as YAML; those of a YAML file have their types.
+    """
+    is_list = kind == tuple[str, ...]
+    kinds = (list,) if is_list else get_args(kind) or (kind,)
+    if is_list and isinstance(value, str) and not value.startswith("["):
+        value = [value] if value else []  # one text needs no brackets
+    elif isinstance(value, str) and str not in kinds:
+        value = parse_yaml(name, value)
+    # An integer is as good as a number with a fraction
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if not fits or (is_list and not all(isinstance(text, str) for text in value)):
+        allowed = " or ".join(TYPE_WORDS[part] for part in kinds if part in TYPE_WORDS)
+        raise InputError(f"{name} must be {allowed}, got {value!r:.200}")
+    return tuple(value) if is_list else value
+
+
+def parse_yaml(name: str, text: str) -> Any:
+    """Return the value of a text of YAML. Raises InputError."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{name} cannot be read as YAML: {text!r:.200}") from error
 
 
 class SharedStore(ImageStore):

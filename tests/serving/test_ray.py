@@ -41,21 +41,31 @@ LONG = {"prompt": "a red circle", "steps": 900, "stream": True, "progress": True
 
 
 def test_arguments_are_read_by_the_types_of_the_settings():
-    given = {"model": "123", "max_batch": "4", "cpus": "0.5", "aliases": "[dall-e-2]", "max_replicas": 3}
-    settings = read_arguments(given)
-    expected = RaySettings(model="123", max_batch=4, cpus=0.5, aliases=["dall-e-2"], max_replicas=3)  # type: ignore[arg-type]
-    assert settings == expected
+    given = {"model": "123", "max_batch": "4", "cpus": "0.5", "gpus": "1", "log_prompts": "yes", "max_replicas": 3}
+    expected = RaySettings(model="123", max_batch=4, cpus=0.5, gpus=1, log_prompts=True, max_replicas=3)
+    assert read_arguments(given) == expected
+
+
+@pytest.mark.parametrize("name, text", [("aliases", "dall-e-2"), ("cors", "https://example.org:8443")])
+def test_one_text_is_a_list_of_one(name, text):
+    for given, expected in ((text, (text,)), (f"[{text}]", (text,)), ([text, text], (text, text)), ("[]", ())):
+        assert getattr(read_arguments({name: given}), name) == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"modell": "a"}, "no argument 'modell'; there are .*model"),
-        ({"max_batch": "many"}, "max-batch must be an integer"),
+        ({"max_batch": "many"}, "max_batch must be an integer, got 'many'"),
         ({"max_replicas": 0}, "max_replicas must be an integer from 1"),
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas must be an integer from 1 to 2"),
         ({"gpus": "-1"}, "gpus must be from 0"),
         ({"host": "0.0.0.0"}, "0.0.0.0"),
+        ({"max_batch": "[1"}, r"max_batch cannot be read as YAML: '\[1'"),
+        ({"max_batch": True}, "max_batch must be an integer, got True"),
+        ({"log_prompts": "maybe"}, "log_prompts must be true or false, got 'maybe'"),
+        ({"name": 2026}, "name must be a text or null, got 2026"),
+        ({"aliases": [1]}, r"aliases must be a text or a list of texts, got \[1\]"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
