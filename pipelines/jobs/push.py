@@ -74,7 +74,8 @@ def check_model_folder(folder: Path) -> None:
     if pipeline.is_own:
         pipeline.check(list(COMPONENT_CLASSES))
     code = folder / DIFFUSERS_CODE
-    if code.is_file() and code.read_text() != CODE_TEMPLATE.format(name=pipeline.class_name):
+    # Bytes that are no text are not that code either
+    if code.is_file() and code.read_text("utf-8", errors="replace") != CODE_TEMPLATE.format(name=pipeline.class_name):
         raise InputError(f"{str(code)!r} is not the code that saving writes, and is not pushed; delete it")
 
 

@@ -103,6 +103,10 @@ REFUSED = {
     "a pickle in a folder": (write("prior/diffusion_pytorch_model.bin", ""), "is a pickle"),
     "code": (write("modeling.py", ""), "belongs to no model"),
     "code that is not ours": (write("pipeline.py", "import os"), "is not the code that saving writes"),
+    "code that is no text": (
+        lambda folder: (folder / "pipeline.py").write_bytes(b"\xff\xfe import os"),
+        "is not the code that saving writes",
+    ),
     "a log": (write("train.log", ""), "belongs to no model"),
     "a link out": (lambda folder: (folder / "key.json").symlink_to("/etc/hostname"), "is a link out of"),
     "a token": (write("notes.txt", f"x\n{TOKEN}"), "has in line 2 a token of the hub"),
