@@ -113,6 +113,11 @@ def test_the_container_runs_as_one_user_who_is_not_root():
     assert find_step("USER").value == str(POD["spec"]["securityContext"]["runAsUser"]) != "0"
 
 
+def test_clients_behind_one_proxy_reach_all_pods():
+    # By the address of the client, which is the proxy's, one pod would serve them all
+    assert OBJECTS["Service"]["spec"].get("sessionAffinity", "None") == "None"
+
+
 def test_the_autoscaler_reads_a_metric_of_the_server():
     [metric] = OBJECTS["HorizontalPodAutoscaler"]["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"]
