@@ -2,12 +2,13 @@
 
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature, unwrap
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
+from t2i.pipelines.folder import PipelineFolder
 from t2i.pipelines.jobs.dtypes import check_dtype_parts, convert_to_torch_dtypes
 from t2i.pipelines.options import OPTION_NAMES
 from t2i.pipelines.text2image import Text2ImagePipeline
@@ -19,6 +20,7 @@ from t2i.interop.stored import has_bf16, resolve_part_dtype
 from t2i.progress import show_loading
 from t2i.runtime.devices import check_bf16_support, resolve_device_name
 from t2i.runtime.rank import SINGLE_PROCESS, Rank
+from t2i.shipped import find_shipped_folder
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES_PER_INPUT = 1024
@@ -100,6 +102,16 @@ def load_pipeline(source: ModelSource, kind: type[Pipeline] = Text2ImagePipeline
     pipeline.refuses_unknown_words = source.strict
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def add_shipped_upsampler(source: ModelSource) -> ModelSource:
+    """Return the source of the shipped model with the shipped upsampler, unless it has another; others as they are."""
+    model = find_shipped_folder("models") / "emoji"
+    upsampler = model.with_name("emoji-upsampler")
+    if source.upsampler is not None or Path(source.model).resolve() != model.resolve() or not upsampler.is_dir():
+        return source
+    has_own = not PipelineFolder(model).lacks_component("upsampler")
+    return source if has_own else replace(source, upsampler=str(upsampler))
 
 
 def replace_upsampler(pipeline: Any, folder: str, dtype: str | dict[str, str] | None) -> Any:

@@ -1,7 +1,7 @@
 """Drawing for requests: the images and the records are those of the commands."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from PIL import Image
@@ -9,7 +9,7 @@ from t2i.pipelines.calls.effects import list_idle_arguments
 from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.calls.unknown_words import collect_texts
 from t2i.pipelines.jobs.generation import DRAWING_COMPONENTS
-from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
+from t2i.pipelines.jobs.planning import ModelSource, add_shipped_upsampler, load_pipeline
 from t2i.pipelines.jobs.records import Record
 from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
 from t2i.pipelines.serving.engine import EngineCounts, StepEngine
@@ -61,8 +61,12 @@ class Drawer:
     def __init__(self, engine: StepEngine, source: ModelSource, processes: int = 1):
         self.engine, self.source = engine, source
         self.facts = ModelFacts.find(engine.pipeline, processes)
-        weights = {name: getattr(engine.pipeline, name) for name in DRAWING_COMPONENTS}
-        self.weights = compute_brief_fingerprint(weights, format_scheduler_configs(engine.pipeline.components))
+        # What records say of the model, for images that are upsampled and for others
+        self.identities = dict.fromkeys((True, False), (source, compute_weights_digest(engine.pipeline)))
+        if source.upsampler is not None:
+            # Commands load an upsampler beside the model only for images that it enlarges
+            plain = replace(source, upsampler=None)
+            self.identities[False] = plain, compute_weights_digest(engine.pipeline, without="upsampler")
 
     @property
     def is_alive(self) -> bool:
@@ -121,7 +125,8 @@ class Drawer:
         """Return the task of a request for a pipeline."""
         # Texts are the clients', who are told in the response what else would be logged
         pipeline.logs_texts = False
-        return TASKS[request.task](ServedModel(pipeline, self.source, self.weights), request, **watch)
+        upsamples = request.task == "upsample" or bool(request.settings.get("upsample"))
+        return TASKS[request.task](ServedModel(pipeline, *self.identities[upsamples]), request, **watch)
 
     def build_preview_callback(self, request: DrawRequest, watch: Watch) -> Callable[[Preview], None]:
         """Return a callback that reports steps, and shows `request.previews` estimates, spread over the decoder."""
@@ -141,11 +146,21 @@ class Drawer:
         return report
 
 
+def compute_weights_digest(pipeline: Text2ImagePipeline, without: str | None = None) -> str:
+    """Return what records have as a model's `weights`, of all components or of those without one."""
+    left_out = (without, f"{without}_scheduler")
+    parts = {name: part for name, part in pipeline.components.items() if name not in left_out}
+    weights = {name: parts.get(name) for name in DRAWING_COMPONENTS}
+    return compute_brief_fingerprint(weights, format_scheduler_configs(parts))
+
+
 def load_drawer(source: ModelSource, max_batch: int, processes: int = 1) -> Drawer:
     """Load a model and return its drawer, warmed up. Raises InputError; see `load_pipeline`.
 
-    max_batch: images that are drawn at the same time. processes: see `Drawer`.
+    The shipped model has the shipped upsampler. max_batch: images that are drawn at the same time. processes: see
+    `Drawer`.
     """
+    source = add_shipped_upsampler(source)
     engine = StepEngine(load_pipeline(source, Text2ImagePipeline), max_rows=4 * max_batch)
     # Rows of one image without and with guidance, and of a full batch with guidance
     engine.warm_up(counts=(1, 2, 2 * max_batch))

@@ -17,6 +17,7 @@ app = typer.Typer()
 
 MODEL_HELP = "Model folder, or repository on the hub. Repeatable as NAME=FOLDER, which serves several models."
 DEVICE_HELP = "Device to run on: auto, cpu, cuda or mps. Several, such as cuda:0,cuda:1, share the requests."
+UPSAMPLER_DEFAULT = "the model's; the shipped one has models/emoji-upsampler"
 WORKERS_HELP = "Processes that load each model on each device. Two in all, or more, are started again when they die."
 
 KEYS_HELP = (
@@ -69,7 +70,7 @@ def split_name(text: str) -> tuple[str, str]:
 def serve(
     source: ServedModelFlags,
     upsampler: Annotated[
-        str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", "the model's")
+        str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", UPSAMPLER_DEFAULT)
     ] = None,
     host: Annotated[str, option("Address to listen on. Others than this machine's own need --keys.")] = "127.0.0.1",
     port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000,

@@ -9,11 +9,17 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image
+from t2i.pipelines import Text2ImagePipeline
 from t2i.pipelines.jobs import frames, generation
+from t2i.pipelines.jobs.planning import ModelSource, add_shipped_upsampler
+from t2i.pipelines.serving.draw_request import DrawRequest
+from t2i.pipelines.serving.drawing import Drawer
+from t2i.pipelines.serving.engine import StepEngine
 from typer.testing import CliRunner
 
 from t2i.cli import app
 
+ROOT = Path(__file__).resolve().parents[3]
 SIDE = 32
 STEPS = {"steps": 3, "seed": 7}
 PRIOR = STEPS | {"prior_steps": 2}
@@ -164,3 +170,31 @@ def test_images_and_records_are_those_of_the_command(case, address, folder, serv
         assert json.loads(found.info["t2i"]) == json.loads(expected.info["t2i"])
         difference = np.asarray(found).astype(int) - np.asarray(expected).astype(int)
         assert found.size == expected.size and abs(difference).max() <= 1
+
+
+def test_records_name_an_upsampler_beside_the_model_only_where_it_enlarges(pipeline_folder, service):
+    """As those of `t2i generate` do, which loads it for `--upsample` alone."""
+    source = ModelSource("models/tiny", upsampler="models/larger")
+    drawer = Drawer(service.drawer.engine, source)
+
+    def build_record(drawer: Drawer, **settings) -> dict:
+        request = DrawRequest("text", settings, 7, inputs=["red"], names=["red"])
+        return drawer.plan(drawer.engine.pipeline, request).build_records()[0]
+
+    with StepEngine(Text2ImagePipeline.from_pretrained(pipeline_folder)) as engine:  # has no upsampler
+        expected = build_record(Drawer(engine, ModelSource("models/tiny")))
+    assert build_record(drawer) == expected and "upsampler" not in expected
+    enlarged = build_record(drawer, upsample=1)
+    assert enlarged["upsampler"] == "larger" and enlarged["weights"] != expected["weights"]
+    # Of a model with its own upsampler, the digest has that of all its parts, as the commands' has
+    [own, own_enlarged] = [build_record(service.drawer, **more)["weights"] for more in ({}, {"upsample": 1})]
+    assert own == own_enlarged == enlarged["weights"]
+
+
+def test_the_shipped_model_is_served_with_the_shipped_upsampler(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("models/emoji", str(ROOT / "models/emoji")):
+        found = add_shipped_upsampler(ModelSource(name))
+        assert found == ModelSource(name, upsampler=str(ROOT / "models/emoji-upsampler"))
+    given = (ModelSource("models/emoji", upsampler="other"), ModelSource("models/emoji-upsampler"), ModelSource("a/b"))
+    assert [add_shipped_upsampler(source) for source in given] == list(given)
