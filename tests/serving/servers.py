@@ -84,7 +84,7 @@ def build_paint_api(
 
 @contextmanager
 def run_server(api: ImagesApi, limits: Limits = SHORT, drain: float = 5.0) -> Iterator[DrainingServer]:
-    """Run a server in a thread; `port` is where it listens."""
+    """Run the server of `t2i serve` in a thread; `port` is where it listens."""
     server = DrainingServer(api, limits, drain, port=0)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 from t2i.pipelines import Text2ImagePipeline
 from t2i.pipelines.jobs.planning import ModelSource
@@ -22,6 +21,8 @@ from t2i.pipelines.serving.engine import StepEngine
 from t2i.pipelines.serving.service import Service
 from t2i.pipelines.serving.store import ImageStore
 from torch import Generator
+
+from tests.serving.servers import run_server
 
 SIDE = 32  # of the tiny model's images
 
@@ -39,14 +40,8 @@ def service(pipeline_folder: Path):
 def address(service: Service):
     """The address of a server in a thread."""
     api = ImagesApi({"tiny": service}, ImageStore(), {"dall-e-2": "tiny"})
-    server = uvicorn.Server(uvicorn.Config(api.build_app(), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        threading.Event().wait(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with run_server(api, api.limits) as server:
+        yield f"http://127.0.0.1:{server.port}"
 
 
 @pytest.fixture(scope="module")

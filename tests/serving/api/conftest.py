@@ -1,13 +1,11 @@
 """A server of the tiny model with an upsampler, which knows few words."""
 
 import copy
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from t2i.pipelines import Text2ImagePipeline
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.admission import Admission
@@ -19,6 +17,7 @@ from t2i.pipelines.serving.store import ImageStore
 
 from t2i.files.known_words import KnownWords
 from tests.helpers.pipelines import tiny_upsampler  # noqa: F401
+from tests.serving.servers import run_server
 
 WORDS = KnownWords(frozenset({"red", "blue", "green", "circle", "square"}), {"round": "red circle"})
 
@@ -40,11 +39,5 @@ def service(pipeline_folder: Path, tiny_upsampler: Any) -> Iterator[Service]:  #
 def address(service: Service) -> Iterator[str]:
     """The address of a server in a thread."""
     api = ImagesApi({"tiny": service}, ImageStore(), {"dall-e-2": "tiny"})
-    server = uvicorn.Server(uvicorn.Config(api.build_app(), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        threading.Event().wait(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with run_server(api, api.limits) as server:
+        yield f"http://127.0.0.1:{server.port}"

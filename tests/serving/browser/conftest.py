@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.server import ServerSettings, build_api
 
 from t2i.files.known_words import KnownWords
+from tests.serving.servers import run_server
 
 ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -28,15 +27,8 @@ def address(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     shutil.copytree(ROOT / "models/emoji", folder)
     KnownWords.collect([{"captions": KNOWN, "keywords": []}]).save(folder / "clip")
     api = build_api(ModelSource(str(folder)), ServerSettings(max_batch=4, max_queue=8))
-    server = uvicorn.Server(uvicorn.Config(api.build_app(), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        threading.Event().wait(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(30)
-    api.close()
+    with run_server(api, api.limits) as server:
+        yield f"http://127.0.0.1:{server.port}/"
 
 
 # Not for the session: while it is open, no other test of the process could use asyncio
