@@ -1,14 +1,14 @@
 # make demo   install, then draw "a cat" with the model in models/emoji
 # make serve  install, then serve that model and print the address of its page; SERVE="--port 9000" adds options
 # make test   install, then run the tests: five minutes on two cores
-# make test-all every test but the full sweep of faults and test-deploy: 12 to 18 minutes on two cores
+# make test-all every test but the full sweep of `make faults`, and `make test-deploy`: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
 # make docs build the site of the documents in build/site, offline; a broken link stops it
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   load tests of `t2i serve`, the longest for ten minutes: a table of what was wanted and measured
-# make test-deploy Ray Serve with two replicas, and the Dockerfile's steps in a bare root: ten minutes
-# make faults every fault test, half an hour, and a table of what was injected and survived
+# make test-deploy Ray Serve with two replicas, and the Dockerfile's steps in a bare root: ten minutes; not in .ci/run
+# make faults every fault test, half an hour, and a table of what was injected and survived; not in .ci/run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
