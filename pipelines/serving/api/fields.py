@@ -1,6 +1,6 @@
 """Fields of the images API: what each route takes, and how their values become what a request draws.
 
-A JSON body and a form give the same fields. `list_rows` is the table of them for documents.
+A JSON body and a form give the same fields. docs/how-to/serve.md says what they mean.
 """
 
 import secrets
@@ -40,72 +40,64 @@ class Field:
     """A field of the API.
 
     kind: of its values. routes: first letters of those that take it. setting: the pipeline's name for it; None: the
-    server reads it. help: for documents, after the field's name and its kind.
+    server reads it.
     """
 
     kind: Kind
     routes: str
-    setting: str | None
-    help: str
+    setting: str | None = None
 
 
 IGNORED = ("style", "moderation", "input_fidelity", "complexity", "user")
 OPENAI_FIELDS: dict[str, Field] = {
-    "prompt": Field(Text(), "gev", None, "what the images show; a caption for variations"),
-    "model": Field(Text(), "gevut", None, "name of a model, as /v1/models lists them"),
-    "n": Field(Number(0, MAX_COUNT, whole=True), "gev", None, "number of images; 0 is 1"),
-    "size": Field(Size(MAX_SIDE), "gev", None, "of the images; auto is the model's"),
-    "response_format": Field(Choice(("b64_json", "url")), "gevu", None, "the images themselves, or links to them"),
-    "output_format": Field(Choice(OUTPUT_FORMATS), "gevu", None, "file format of the images"),
-    "output_compression": Field(Number(0, 100, whole=True), "gevu", None, "quality of jpeg and webp"),
-    "stream": Field(Flag(), "gevu", None, "send events while the images are drawn"),
-    "partial_images": Field(Number(0, MAX_PARTIAL_IMAGES, whole=True), "gev", None, "previews, with stream"),
-    "quality": Field(
-        Choice(QUALITIES),
-        "gev",
-        None,
-        "steps: " + ", ".join(f"{name} {steps}" for name, steps in QUALITY_STEPS.items()),
-    ),
-    "background": Field(Choice(("auto", "opaque")), "ge", None, "has no effect; transparent is refused"),
-    **dict.fromkeys(IGNORED, Field(Anything(), "gevu", None, "has no effect")),
-    "safety_identifier": Field(Text(), "gevu", None, "has no effect, and is sent back"),
+    "prompt": Field(Text(), "gev"),
+    "model": Field(Text(), "gevut"),
+    "n": Field(Number(0, MAX_COUNT, whole=True), "gev"),  # some clients send 0, which is 1
+    "size": Field(Size(MAX_SIDE), "gev"),
+    "response_format": Field(Choice(("b64_json", "url")), "gevu"),
+    "output_format": Field(Choice(OUTPUT_FORMATS), "gevu"),
+    "output_compression": Field(Number(0, 100, whole=True), "gevu"),
+    "stream": Field(Flag(), "gevu"),
+    "partial_images": Field(Number(0, MAX_PARTIAL_IMAGES, whole=True), "gev"),
+    "quality": Field(Choice(QUALITIES), "gev"),
+    "background": Field(Choice(("auto", "opaque")), "ge"),  # has no effect; transparent is refused
+    **dict.fromkeys(IGNORED, Field(Anything(), "gevu")),
+    "safety_identifier": Field(Text(), "gevu"),  # sent back
 }
 EXTENSIONS: dict[str, Field] = {
     # All tasks
-    "seed": Field(Number(0, MAX_SEED, whole=True), "gevu", None, "of the first image; others count up from it"),
-    "progress": Field(Flag(), "gevu", None, "send an event t2i.progress for every step, with stream"),
-    "strict": Field(Flag(), "gev", None, "refuse texts with words that the model never saw"),
+    "seed": Field(Number(0, MAX_SEED, whole=True), "gevu"),
+    "progress": Field(Flag(), "gevu"),
+    "strict": Field(Flag(), "gev"),
     # The stages
-    "steps": Field(Number(1, MAX_STEPS, whole=True), "gevu", "num_inference_steps", "of the decoder or the upsampler"),
-    "guidance_scale": Field(Number(0, 1000), "gev", "guidance_scale", "of the decoder; 1 is off"),
-    "sampler": Field(Choice(tuple(SAMPLERS)), "gev", "sampler", "of the decoder"),
-    "eta": Field(
-        Number(0, 1), "gev", "eta", "new noise in each step; for variations, 0 gives the image itself, absent all of it"
-    ),
-    "noise_level": Field(Number(0, 999, whole=True), "gev", "noise_level", "noise on z_i, for Stable unCLIP"),
-    "prior_steps": Field(Number(1, MAX_STEPS, whole=True), "ge", "prior_num_inference_steps", "of the prior"),
-    "prior_guidance_scale": Field(Number(0, 1000), "ge", "prior_guidance_scale", "of the prior; 1 is off"),
-    "prior_sampler": Field(Choice(tuple(SAMPLERS)), "ge", "prior_sampler", "of the prior"),
-    "candidates": Field(Number(1, 64, whole=True), "ge", "prior_candidates", "embeddings to choose from"),
-    "negative_prompt": Field(Text(), "gev", "negative_prompt", "what the images are guided away from"),
-    "decoder_negative_prompt": Field(Text(), "g", "decoder_negative_prompt", "what the decoder is guided away from"),
-    "upsample": Field(Number(0, 8, whole=True), "gevu", "upsample", "passes through the upsampler"),
-    "level": Field(Number(0, 1), "u", "level", "noise added before upsampling; more redraws more"),
+    "steps": Field(Number(1, MAX_STEPS, whole=True), "gevu", "num_inference_steps"),
+    "guidance_scale": Field(Number(0, 1000), "gev", "guidance_scale"),
+    "sampler": Field(Choice(tuple(SAMPLERS)), "gev", "sampler"),
+    "eta": Field(Number(0, 1), "gev", "eta"),
+    "noise_level": Field(Number(0, 999, whole=True), "gev", "noise_level"),
+    "prior_steps": Field(Number(1, MAX_STEPS, whole=True), "ge", "prior_num_inference_steps"),
+    "prior_guidance_scale": Field(Number(0, 1000), "ge", "prior_guidance_scale"),
+    "prior_sampler": Field(Choice(tuple(SAMPLERS)), "ge", "prior_sampler"),
+    "candidates": Field(Number(1, 64, whole=True), "ge", "prior_candidates"),
+    "negative_prompt": Field(Text(), "gev", "negative_prompt"),
+    "decoder_negative_prompt": Field(Text(), "g", "decoder_negative_prompt"),
+    "upsample": Field(Number(0, 8, whole=True), "gevu", "upsample"),
+    "level": Field(Number(0, 1), "u", "level"),
     # Edits
-    "strength": Field(Number(0.001, 1), "e", "strength", "fraction of the steps that redraw; 1 keeps nothing"),
-    "mask_mode": Field(Choice(("alpha", "white")), "e", None, "paint where the mask is transparent, or white"),
+    "strength": Field(Number(0.001, 1), "e", "strength"),
+    "mask_mode": Field(Choice(("alpha", "white")), "e"),  # what is painted: OpenAI's masks have holes there
     **{
-        side: Field(Number(0, MAX_SIDE, whole=True), "e", side, f"pixels to paint {where} the image")
-        for side, where in {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}.items()
+        side: Field(Number(0, MAX_SIDE, whole=True), "e", side)  # pixels to paint beside the image
+        for side in ("left", "right", "top", "bottom")
     },
-    "source": Field(Text(), "e", "source", "what the image shows, to change its meaning"),
-    "target": Field(Text(), "e", "target", "what it should show; absent, the prompt says it"),
-    "theta": Field(Numbers(Number(0, 1)), "e", "theta", "how far to go from source to target"),
+    "source": Field(Text(), "e", "source"),
+    "target": Field(Text(), "e", "target"),
+    "theta": Field(Numbers(Number(0, 1)), "e", "theta"),
     # Mixes
-    "texts": Field(Texts(), "get", None, "texts to mix, beside the images and the prompt"),
-    "weights": Field(Weights(), "ge", "weights", "of the images, the prompt and the texts, in this order"),
-    "frames": Field(Number(2, 64, whole=True), "ge", "frames", "images from each input to the next, both included"),
-    "inverted": Field(Flag(), "e", "inverted", "mixes end with the very images; false draws them anew"),
+    "texts": Field(Texts(), "get"),
+    "weights": Field(Weights(), "ge", "weights"),  # of the images, the prompt and the texts, in this order
+    "frames": Field(Number(2, 64, whole=True), "ge", "frames"),  # from each input to the next, both included
+    "inverted": Field(Flag(), "e", "inverted"),
 }
 FIELDS = OPENAI_FIELDS | EXTENSIONS
 ROUTES = {"generations": "g", "edits": "e", "variations": "v", "upsamplings": "u"}  # of /v1/images
@@ -119,15 +111,6 @@ OTHER_NAMES = {
     **dict.fromkeys(("upsampled", "times"), "upsample"),
     "mask_image": "mask",
 }
-
-
-def list_rows() -> list[tuple[str, str, str, str]]:
-    """Return each field's name, its paths, its kind of value and its meaning, for documents."""
-    rows = [(name, field.routes, field.kind.describe(), field.help) for name, field in FIELDS.items()]
-    return [
-        (name, ", ".join(path for path, letter in PATHS.items() if letter in routes), kind, help)
-        for name, routes, kind, help in rows
-    ]
 
 
 def list_fields(path: str) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from t2i.pipelines.serving.api.bodies import read_form_values
 from t2i.pipelines.serving.api.errors import ApiError
-from t2i.pipelines.serving.api.fields import FIELDS, PATHS, ROUTES, list_rows, name_field, read_fields
+from t2i.pipelines.serving.api.fields import FIELDS, PATHS, name_field, read_fields
 from t2i.pipelines.serving.api.requests import add_images, plan_draw_request
 from t2i.pipelines.serving.api.uploads import Upload
 from t2i.pipelines.serving.api.values import Anything, Choice, Flag, Number, Numbers, Size, Text, Texts, Weights
@@ -227,9 +227,3 @@ def test_messages_of_pipelines_name_the_field():
     assert name_field("height must be a multiple of 8, got 33") == ("size", "height must be a multiple of 8, got 33")
     assert name_field("mask_image is all white") == ("mask", "mask_image is all white")
     assert name_field("this CLIP embeds both identically") == (None, "this CLIP embeds both identically")
-
-
-def test_the_table_for_documents_has_every_field():
-    rows = list_rows()
-    assert [row[0] for row in rows] == list(FIELDS) and all(all(row) for row in rows)
-    assert set(ROUTES) == {"generations", "edits", "variations", "upsamplings"}
