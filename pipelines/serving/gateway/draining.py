@@ -8,12 +8,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
-from t2i.pipelines.serving.app import ImagesApi
+from starlette.types import ASGIApp
 from t2i.pipelines.serving.gateway.connections import GuardedConnection
 from t2i.pipelines.serving.gateway.limits import Limits
+
+
+class DrainingApi(Protocol):
+    """Routes whose requests the server counts and ends."""
+
+    def build_app(self) -> ASGIApp: ...
+    def drain(self) -> None: ...
+    def count_jobs(self) -> int: ...
+    def cancel_all(self) -> None: ...
 
 
 class DrainingServer(uvicorn.Server):
@@ -24,7 +33,7 @@ class DrainingServer(uvicorn.Server):
     drain: seconds for requests to end. Beyond them, they are stopped before their next step.
     """
 
-    def __init__(self, api: ImagesApi, limits: Limits, drain: float = 0.0, **settings: Any):
+    def __init__(self, api: DrainingApi, limits: Limits, drain: float = 0.0, **settings: Any):
         connection: Any = partial(GuardedConnection, limits=limits)
         config = uvicorn.Config(
             api.build_app(),
