@@ -179,7 +179,8 @@ def test_a_device_map_places_all_parts(case, pipe, tmp_path):
     close(case.run(loaded), drawn, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:__array_wrap__")
+# Of what diffusers calls of NumPy, and of torchsde's rounding
+@pytest.mark.filterwarnings("ignore:__array_wrap__", "ignore:Should have t[ab]")
 @for_all()
 def test_every_karras_scheduler_draws_or_is_refused(case, pipe):
     shape, config = case.run(pipe).shape, pipe.scheduler.config
