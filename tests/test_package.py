@@ -75,7 +75,7 @@ def expected_modules() -> set[str]:
 
 def expected_data() -> set[str]:
     """Return the paths of all other files in the wheel: configurations, templates, the models that are defaults."""
-    data = [path for path in (ROOT / "configs").glob("*/*.yaml")]
+    data = [path for path in (ROOT / "configs").glob("*/*.yaml")] + [ROOT / "configs/emoji/sentences.txt"]
     for model in ("emoji", "emoji-upsampler"):
         data += [path for path in (ROOT / "models" / model).rglob("*") if path.is_file()]
     data += [path for path in (ROOT / "training").rglob("*.yaml")]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
+from t2i.texts import wrap_text
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +58,10 @@ class PromptEncoding:
             encoding = replace(encoding, decoder_tokens=self.text_encoder.encode(different, self._execution_device))
         return encoding if rows is None else encoding.take_rows(rows)
 
-    def list_cut_texts(self, texts: list[str]) -> list[str]:
+    def list_cut_texts(self, texts: str | list[str]) -> list[str]:
         """Return a line for each text whose end the encoders do not read."""
         lines = []
-        for text in texts:
+        for text in wrap_text(texts):
             if cut := self.clip.tokenizer.find_truncated_text(text):
                 # The tokens of start and end take two places
                 longest = self.clip.context_length - 2

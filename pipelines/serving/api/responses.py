@@ -24,6 +24,7 @@ from t2i.pipelines.serving.pace import Forecast
 
 from t2i.errors import InputError
 from t2i.files.known_words import KnownWords, split_words
+from t2i.texts import wrap_text
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +123,14 @@ class Answer:
         return {**event.data, "position": 0, "seconds_left": None if left is None else round(left, 2)}
 
 
-def list_unknown_words(known: KnownWords | None, texts: list[str]) -> list[dict[str, Any]]:
+def list_unknown_words(known: KnownWords | None, texts: str | list[str]) -> list[dict[str, Any]]:
     """Return the words of texts that a model never saw, as responses list them; none if its words are not known.
 
     near: a word that is spelled much like it; of a word in keywords alone, the caption whose keyword it is.
     """
     return [
         {"word": word.word, "near": [word.nearest] if word.nearest else [], "is_keyword": word.is_keyword}
-        for word in ([] if known is None else known.find_unknown_words(*texts))
+        for word in ([] if known is None else known.find_unknown_words(*wrap_text(texts)))
     ]
 
 
