@@ -65,6 +65,16 @@ def split_name(text: str) -> tuple[str, str]:
     return (name, folder) if equals and "/" not in name and not Path(text).exists() else ("", text)
 
 
+def check_packages() -> None:
+    """Raise InputError without the packages of the extra `serve`."""
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"t2i serve needs {error.name}; pip install 't2i[serve]' brings it") from error
+
+
 @app.command()
 @flags.share_options
 def serve(
@@ -102,12 +112,7 @@ def serve(
     names. Links to images, which cannot be guessed, do so too. A first SIGTERM or Ctrl-C lets requests end, a second
     one stops them.
     """
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"t2i serve needs {error.name}; pip install 't2i[serve]' brings it") from error
+    check_packages()
     from t2i.pipelines.serving.server import ServerSettings
     from t2i.pipelines.serving.server import serve as run_server
 
