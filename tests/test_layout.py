@@ -105,6 +105,16 @@ def test_no_import_runs_in_a_circle():
         visit(name, ())
 
 
+def test_the_servers_api_knows_no_gateway_and_the_gateway_no_application() -> None:
+    """What clients say, how it is carried, and who answers: each imports only those before it."""
+    serving = "t2i.pipelines.serving"
+    above = {"api": ("gateway", "app", "server", "ray_app"), "gateway": ("app", "server", "ray_app")}
+    for folder, names in above.items():
+        beyond = tuple(f"{serving}.{name}" for name in names)
+        found = {name: others for name, others in GRAPH.items() if name.startswith(f"{serving}.{folder}.")}
+        assert found and [pair for pair in found.items() if any(other.startswith(beyond) for other in pair[1])] == []
+
+
 def split_imports(path: Path) -> tuple[set[str], set[str]]:
     """Return the modules that are imported with a file, and those that its functions import."""
     tree = ast.parse(path.read_text())

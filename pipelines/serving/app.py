@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from t2i.pipelines.serving.admission import Draining, QueueFull
-from t2i.pipelines.serving.api.bodies import read_body
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 from t2i.pipelines.serving.api.fields import ROUTES, collect_texts, list_fields, name_field, read_fields
 from t2i.pipelines.serving.api.requests import add_images, check_known_model, plan_draw_request
@@ -22,17 +21,17 @@ from t2i.pipelines.serving.api.responses import (
     check_each_text,
     explain_failure,
     list_unknown_words,
-    send_error,
-    send_framework_error,
 )
 from t2i.pipelines.serving.api.uploads import UploadReader
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.gateway.access import Access
 from t2i.pipelines.serving.gateway.bodies import read_json
+from t2i.pipelines.serving.gateway.forms import read_body
 from t2i.pipelines.serving.gateway.limits import Limits
 from t2i.pipelines.serving.gateway.log import LogEntry, find_entry
 from t2i.pipelines.serving.gateway.metrics import Metrics
 from t2i.pipelines.serving.gateway.middleware import Gateway
+from t2i.pipelines.serving.gateway.refusals import send_error, send_framework_error
 from t2i.pipelines.serving.pace import Forecast
 from t2i.pipelines.serving.page_files import build_page_routes
 from t2i.pipelines.serving.service import Job, Service

@@ -8,9 +8,6 @@ from math import ceil
 from typing import Any
 
 from PIL import Image
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from t2i.pipelines.memory_needed import BatchTooLargeError
 from t2i.pipelines.serving.admission import Draining, QueueFull
 from t2i.pipelines.serving.api.errors import ApiError
@@ -19,7 +16,6 @@ from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_
 from t2i.pipelines.serving.drawing import DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.events import Event
-from t2i.pipelines.serving.gateway.log import find_entry
 from t2i.pipelines.serving.pace import Forecast
 
 from t2i.errors import InputError
@@ -35,7 +31,6 @@ NO_USAGE = {
     **dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0),
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
-FRAMEWORK_CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
 
 
 class Answer:
@@ -172,20 +167,3 @@ def explain_failure(error: BaseException) -> ApiError:
     # Drawing the same again would fail again
     headers = {"x-should-retry": "false"}
     return ApiError(500, "internal", f"drawing failed; the server's log has it as error {number}", headers=headers)
-
-
-async def send_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    find_entry(request).error = error.code
-    return JSONResponse(error.body, error.status, headers=error.headers)
-
-
-async def send_framework_error(request: Request, error: Exception) -> Response:
-    """Send an error that Starlette raises, in the API's shape."""
-    assert isinstance(error, HTTPException)
-    code = FRAMEWORK_CODES.get(error.status_code, "invalid_request")
-    where = f"{request.method} {request.url.path}"
-    messages = {404: f"there is no {where}", 405: f"{where} is not allowed"}
-    shown = ApiError(error.status_code, code, messages.get(error.status_code, str(error.detail)))
-    find_entry(request).error = code
-    return JSONResponse(shown.body, shown.status, headers=error.headers)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from t2i.pipelines.serving.api.bodies import read_form_values
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.fields import FIELDS, PATHS, name_field, read_fields
 from t2i.pipelines.serving.api.requests import add_images, plan_draw_request
 from t2i.pipelines.serving.api.uploads import Upload
 from t2i.pipelines.serving.api.values import Anything, Choice, Flag, Number, Numbers, Size, Text, Texts, Weights
+from t2i.pipelines.serving.gateway.forms import read_form_values
 
 NESTED: list[Any] = []
 for _ in range(800):

@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON, and forms with images."""
+"""Fields and files in the bodies of requests: JSON, and forms with images."""
 
 import re
 from typing import Any
