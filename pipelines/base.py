@@ -42,6 +42,7 @@ from t2i.interop.stored import check_dtype, has_bf16
 from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
 from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
+from t2i.runtime.memory import run_in_halves
 from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
 
 MAX_IMAGES = 1024
@@ -252,7 +253,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
         """Encode images, (N, 3, H, W) in [-1, 1], by CLIP as z_i, (N, D), fp32. Raises InputError for others."""
         check_images(images)
         self.offload_all_but("clip")
-        z_i = self.clip.encode_image(images.to(self._execution_device, self.clip.dtype))
+        z_i = run_in_halves(self.clip.encode_image, images.to(self._execution_device, self.clip.dtype))
         return self.normalize_embeds(check_finite_values("CLIP", z_i.float()))
 
     @torch.no_grad()
@@ -265,7 +266,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
         for name, side in zip(("height", "width"), images.shape[-2:]):
             check_multiple_of(f"{name} of images", side, self.autoencoder.factor)
         self.offload_all_but("autoencoder")
-        latents = self.autoencoder.encode(images.to(self._execution_device, self.autoencoder.dtype))
+        latents = run_in_halves(self.autoencoder.encode, images.to(self._execution_device, self.autoencoder.dtype))
         return check_finite_values("autoencoder", latents.float())
 
     @torch.no_grad()
@@ -296,7 +297,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
         if options is not None:  # the last stage, not a preview
             self.offload_all_but("autoencoder")
         if options is None or generators is None or not self.is_cascade:
-            return check_finite_values("autoencoder", self.autoencoder.decode(latents).float())
+            return check_finite_values("autoencoder", run_in_halves(self.autoencoder.decode, latents).float())
         return sample_super_resolution(self, latents, options, generators)
 
     def build_output(self, images: Any, z_i: Tensor, return_dict: bool) -> UnCLIPPipelineOutput | tuple:

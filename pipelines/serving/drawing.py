@@ -1,6 +1,8 @@
 """Drawing for requests: the images and the records are those of the commands."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +20,9 @@ from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_configs
+from t2i.runtime.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,8 @@ class Drawer:
             # Due after the first step that reaches the next of `previews` equal parts; the last image is no preview
             due = shown < request.previews and preview.step * (request.previews + 1) >= (shown + 1) * preview.steps
             if preview.stage == "decoder" and due and preview.step < preview.steps:
-                with self.engine.step_aside():
+                # A preview for which memory is short is left out: the images themselves may well fit
+                with self.engine.step_aside(), ignore_short_memory():
                     watch.show_preview(shown, preview.images())
                 shown += 1
 
@@ -152,6 +158,17 @@ def compute_weights_digest(pipeline: Text2ImagePipeline, without: str | None = N
     parts = {name: part for name, part in pipeline.components.items() if name not in left_out}
     weights = {name: parts.get(name) for name in DRAWING_COMPONENTS}
     return compute_brief_fingerprint(weights, format_scheduler_configs(parts))
+
+
+@contextmanager
+def ignore_short_memory() -> Iterator[None]:
+    """Log an error about memory that is short, instead of raising it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("a preview does not fit into memory: %s", error)
 
 
 def load_drawer(source: ModelSource, max_batch: int, processes: int = 1) -> Drawer:

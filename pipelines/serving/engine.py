@@ -17,11 +17,21 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial, reduce
+from functools import partial, reduce
+from math import inf
 from typing import Any
 
 import torch
-from t2i.pipelines.serving.rows import DENOISERS, ROW_COUNTS, EngineCounts, list_parts, round_up_rows
+from t2i.pipelines.serving.rows import (
+    DENOISERS,
+    ROW_COUNTS,
+    EngineCounts,
+    PreparedCondition,
+    StepCall,
+    count_rows,
+    measure_work,
+    round_up_rows,
+)
 from torch import Tensor
 
 from t2i.diffusion.condition import Condition
@@ -32,41 +42,14 @@ logger = logging.getLogger(__name__)
 MERGED = ("prior", "decoder")  # an upsampler's steps are of windows of any size, and run alone
 MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
 HEARTBEAT_SECONDS = 1.0
-# An engine that is silent for longer hangs; or for so many times its longest call of a network, which may take minutes
+# An engine that is silent for longer hangs; or for so many times what the call of a network takes that runs
 MAX_SILENCE_SECONDS, MAX_SILENCE_CALLS = 30.0, 4.0
+MAX_CALL_SECONDS = 900.0  # that a call is expected to take; also the first one, of which nothing is known
 CLOSING_SECONDS = 30.0
 
 
 class Cancelled(RuntimeError):
     """End of a request between two steps, because it was cancelled or the engine was closed."""
-
-
-@dataclass(eq=False)
-class PreparedCondition:
-    """A condition of one request, and the timesteps that are prepared with it; the context of its steps."""
-
-    condition: Condition
-    timesteps: Tensor | None = None
-    context: Any = None  # of this condition alone, for steps that bypass the engine
-
-    @cached_property
-    def form(self) -> tuple:
-        """Parts that conditions must have in common to be joined, and whether timesteps are prepared."""
-        return (self.timesteps is not None, *list_parts(self.condition))
-
-
-@dataclass(eq=False)
-class StepCall:
-    """A step that a request waits for."""
-
-    denoiser: str
-    x: Tensor
-    t: Tensor
-    prepared: PreparedCondition
-    form: tuple  # what steps must have in common to be joined
-    result: Tensor | None = None
-    error: BaseException | None = None
-    done: bool = False
 
 
 @dataclass(eq=False)
@@ -92,6 +75,8 @@ class StepEngine:
         self.pipeline, self.max_rows = pipeline, max_rows
         self.pipelines: dict[type, Any] = {type(pipeline): pipeline}  # by class, with the same components
         self.counts, self.last_heartbeat = EngineCounts(), time.monotonic()
+        self.max_silence = MAX_SILENCE_SECONDS
+        self.rates: dict[str, float] = {}  # of each network: the most seconds of a call by its `measure_work`
         self.drawings: set[Drawing] = set()
         self.changed = threading.Condition()  # guards all of the above, and is notified of every change
         self.own = threading.local()  # .drawing: of a thread that joined
@@ -108,8 +93,8 @@ class StepEngine:
     @property
     def is_alive(self) -> bool:
         """True while the engine takes steps, or waits for some."""
-        silence = time.monotonic() - self.last_heartbeat
-        return silence < max(MAX_SILENCE_SECONDS, MAX_SILENCE_CALLS * self.counts.longest)
+        # Without the lock, which an engine that hangs may hold
+        return time.monotonic() - self.last_heartbeat < self.max_silence
 
     def __enter__(self) -> "StepEngine":
         return self
@@ -182,9 +167,10 @@ class StepEngine:
 
     def get_pipeline(self, kind: type) -> Any:
         """Return the pipeline of a class, with the same components, that all requests are copies of."""
-        if kind not in self.pipelines:
-            self.pipelines[kind] = kind.from_pipe(self.pipeline)  # type: ignore[attr-defined]
-        return self.pipelines[kind]
+        with self.changed:
+            if kind not in self.pipelines:
+                self.pipelines[kind] = kind.from_pipe(self.pipeline)  # type: ignore[attr-defined]
+            return self.pipelines[kind]
 
     def iterate_steps(self, timesteps: Iterable) -> Iterator[Any]:
         """Yield timesteps, in the place of a progress bar. Between the first and the last, others wait for this one."""
@@ -207,9 +193,10 @@ class StepEngine:
 
     def prepare(self, name: str, condition: Condition, *timesteps: Tensor) -> Any:
         """Stand for the network's `prepare`: the engine prepares the conditions of all requests at once."""
-        if name not in MERGED or getattr(self.own, "drawing", None) is None:  # a thread that did not join
+        drawing = getattr(self.own, "drawing", None)
+        if name not in MERGED or drawing is None:  # a thread that did not join
             return self.methods[name][0](condition, *timesteps)
-        return PreparedCondition(condition, *timesteps)
+        return PreparedCondition(drawing, condition, *timesteps)
 
     def step(self, name: str, x: Tensor, t: Tensor, context: Any) -> Tensor:
         """Stand for the network's `step`. Raises Cancelled, and whatever the network raises for these rows alone."""
@@ -260,6 +247,7 @@ class StepEngine:
             with self.changed:
                 while not self.closed and not self.is_ready():
                     self.last_heartbeat = time.monotonic()
+                    self.drop_idle_contexts()
                     self.changed.wait(HEARTBEAT_SECONDS)
                 if self.closed:
                     return
@@ -270,7 +258,8 @@ class StepEngine:
             # Without the lock, so that requests come and go while the networks run
             for group in self.build_groups(calls):
                 self.run_group(group)
-            self.last_heartbeat = time.monotonic()
+            # Nothing of requests that end stays until the next step
+            del calls, group
 
     def is_ready(self) -> bool:
         """Return True if a request waits, and no request that takes steps is between two of them."""
@@ -289,30 +278,66 @@ class StepEngine:
 
     def run_group(self, calls: list[StepCall]) -> None:
         """Run steps in one call, and hand each its rows. If that fails they run alone, or halved if memory is short."""
-        start = time.perf_counter()
+        # One request alone, of many images or candidates: no call takes more memory than a full batch
+        if count_rows(calls) > self.max_rows:
+            return self.run_halves(calls)
+        is_short = False  # of memory
         try:
-            self.counts.running_rows = count_rows(calls)
-            results: Iterable[Tensor] = self.call_network(calls)
+            with self.watch_call(calls):
+                results: Iterable[Tensor] = self.call_network(calls)
         except BaseException as error:
             # Contexts take memory, which may be what is short
             self.contexts.clear()
-            if len(calls) == 1:
-                self.finish_calls(calls, [None], error)
-            elif is_out_of_memory(error):
+            is_short = count_rows(calls) > 1 and is_out_of_memory(error)
+            if is_short:
                 logger.warning("%d rows do not fit into memory at once: %s", count_rows(calls), error)
-                self.run_group(calls[: len(calls) // 2])
-                self.run_group(calls[len(calls) // 2 :])
-            else:
-                # Each alone, so that only the request at fault fails
-                for call in calls:
-                    self.run_group([call])
+            elif len(calls) == 1:
+                self.finish_calls(calls, [None], error)
+                return
+        else:
+            self.finish_calls(calls, results)
             return
+        # Here the error, which keeps what the network allocated, is gone
+        if is_short:
+            self.run_halves(calls)
+        else:
+            # Each alone, so that only the request at fault fails
+            for call in calls:
+                self.run_group([call])
+
+    def run_halves(self, calls: list[StepCall]) -> None:
+        """Run half of the steps and then the others; of one step, half of its rows."""
+        if len(calls) > 1:
+            self.run_group(calls[: len(calls) // 2])
+            self.run_group(calls[len(calls) // 2 :])
+            return
+        parts = calls[0].halve()
+        for part in parts:
+            self.run_group([part])
+        error = next((part.error for part in parts if part.error is not None), None)
+        results = [part.result for part in parts if part.result is not None]
+        self.finish_calls(calls, [torch.cat(results) if error is None else None], error)
+
+    @contextmanager
+    def watch_call(self, calls: list[StepCall]) -> Iterator[None]:
+        """Count a call of a network if it succeeds, and allow the engine to be silent while it runs."""
+        name, rows, work, start = calls[0].denoiser, count_rows(calls), measure_work(calls), time.monotonic()
+        # Images of another size may take much longer than all before
+        expected = max(self.counts.longest, self.rates[name] * work if name in self.rates else inf)
+        with self.changed:
+            self.counts.running_rows = rows
+            self.max_silence = max(MAX_SILENCE_SECONDS, MAX_SILENCE_CALLS * min(expected, MAX_CALL_SECONDS))
+            self.last_heartbeat = start
+        try:
+            yield
+            seconds = time.monotonic() - start
+            with self.changed:
+                self.counts.add_call(name, rows, seconds)
+                self.rates[name] = max(self.rates.get(name, 0.0), seconds / work)
         finally:
-            self.counts.running_rows = 0
-        seconds = time.perf_counter() - start
-        self.last_heartbeat = time.monotonic()
-        self.counts.add_call(calls[0].denoiser, count_rows(calls), seconds)
-        self.finish_calls(calls, results)
+            with self.changed:
+                self.counts.running_rows = 0
+                self.last_heartbeat, self.max_silence = time.monotonic(), MAX_SILENCE_SECONDS
 
     def finish_calls(
         self, calls: list[StepCall], results: Iterable[Tensor | None], error: BaseException | None = None
@@ -355,6 +380,12 @@ class StepEngine:
             self.contexts.popitem(last=False)
         return context
 
+    def drop_idle_contexts(self) -> None:
+        """Drop the contexts of requests that have ended, which take memory that others count on. The lock is held."""
+        for key, (members, _) in list(self.contexts.items()):
+            if any(member.owner not in self.drawings for member in members):
+                del self.contexts[key]
+
     def warm_up(self, counts: Iterable[int] = ROW_COUNTS) -> None:
         """Take a step of prior and decoder with each number of rows up to `max_rows`, from the calling thread."""
         shapes = {"prior": (self.pipeline.clip.embed_dim,), "decoder": self.pipeline.latent_shape}
@@ -367,7 +398,3 @@ class StepEngine:
                 with self.join(), torch.no_grad(), self.set_stepping(True):
                     context = network.prepare(network.null(count))
                     network.step(x, torch.zeros(count, dtype=torch.long, device=x.device), context)
-
-
-def count_rows(calls: list[StepCall]) -> int:
-    return sum(len(call.x) for call in calls)

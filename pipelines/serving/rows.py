@@ -1,10 +1,13 @@
-"""Rows of the calls of a network: how many, which conditions can be joined in one call, and counts of what was done."""
+"""Rows of the calls of a network: the steps that they are of, which can be joined, and counts of what was done."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from t2i.diffusion.condition import Condition
+from torch import Tensor
+
+from t2i.diffusion.condition import Condition, count_up
 
 # Row counts of a call. Others are rounded up by repeating a row, for oneDNN and compilers build code for each count.
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -12,6 +15,55 @@ ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 DENOISERS = ("prior", "decoder", "upsampler")
+
+
+@dataclass(eq=False)
+class PreparedCondition:
+    """A condition of one request, and the timesteps that are prepared with it; the context of its steps."""
+
+    owner: object  # the request
+    condition: Condition
+    timesteps: Tensor | None = None
+    context: Any = None  # of this condition alone, for steps that bypass the engine
+
+    @cached_property
+    def form(self) -> tuple:
+        """Parts that conditions must have in common to be joined, and whether timesteps are prepared."""
+        return (self.timesteps is not None, *list_parts(self.condition))
+
+    @cached_property
+    def halves(self) -> list["PreparedCondition"]:
+        """Two conditions, of the first half of the rows and of the second, kept for all steps."""
+        rows = count_up(len(self.condition)).chunk(2)
+        return [PreparedCondition(self.owner, self.condition.take_rows(part), self.timesteps) for part in rows]
+
+
+@dataclass(eq=False)
+class StepCall:
+    """A step that a request waits for."""
+
+    denoiser: str
+    x: Tensor
+    t: Tensor
+    prepared: PreparedCondition
+    form: tuple  # what steps must have in common to be joined
+    result: Tensor | None = None
+    error: BaseException | None = None
+    done: bool = False
+
+    def halve(self) -> list["StepCall"]:
+        """Return a step of the first half of the rows, and one of the second."""
+        parts = zip(self.x.chunk(2), self.t.expand(len(self.x)).chunk(2), self.prepared.halves)
+        return [replace(self, x=x, t=t, prepared=prepared) for x, t, prepared in parts]
+
+
+def count_rows(calls: list[StepCall]) -> int:
+    return sum(len(call.x) for call in calls)
+
+
+def measure_work(calls: list[StepCall]) -> int:
+    """Return a measure of what a network's call takes at most: attention grows with the square of the cells."""
+    return round_up_rows(count_rows(calls)) * calls[0].x.shape[2:].numel() ** 2
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from t2i.runtime.hooks import list_hooks
+
+logger = logging.getLogger(__name__)
 
 # An automatic batch size leaves room for this many times the count: allocators keep part of what is freed.
 MEMORY_MARGIN = 2.0
@@ -197,6 +200,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return OUT_OF_MEMORY_PATTERN.search(str(error)) is not None
     return isinstance(error, MemoryError)
+
+
+def run_in_halves(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Return what a function makes of rows, of each by itself; where memory is short, of half of them at a time.
+
+    Raises what the function raises, also if memory does not suffice for one row.
+    """
+    try:
+        return function(rows)
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) < 2 or not is_out_of_memory(error):
+            raise
+        logger.warning("%d images do not fit into memory at once: %s", len(rows), error)
+    # Here the error, which keeps what the function allocated, is gone
+    release_freed_memory()
+    return torch.cat([run_in_halves(function, part) for part in rows.chunk(2)])
 
 
 def format_needed_memory(message: str) -> str:

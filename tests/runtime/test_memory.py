@@ -30,6 +30,7 @@ from t2i.runtime.memory import (
     iterate_container_limits,
     measure_available_memory,
     release_freed_memory,
+    run_in_halves,
 )
 from tests.commands.test_cli import QUICK, run
 from tests.interop.test_loading import ONE_EACH, load
@@ -278,3 +279,21 @@ def test_after_a_batch_that_was_halved_the_next_begin_with_what_fitted(tmp_path:
     paths = list(write_images(draw, [{"prompt": "a", "seed": seed} for seed in range(22)], tmp_path, BatchPlan()))
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 2]
     assert [path.stem for path in paths] == [f"a-{seed}" for seed in range(22)]
+
+
+def test_rows_that_do_not_fit_at_once_are_taken_in_halves():
+    sizes = []
+
+    def double_two(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+        if rows.isnan().any():
+            raise RuntimeError("not a number")
+        return 2 * rows
+
+    assert run_in_halves(double_two, torch.arange(5.0)).tolist() == [0, 2, 4, 6, 8] and sizes == [5, 3, 2, 1, 2]
+    with pytest.raises(RuntimeError, match="not a number"):
+        run_in_halves(double_two, torch.full((3,), torch.nan))
+    with pytest.raises(torch.OutOfMemoryError):
+        run_in_halves(lambda rows: double_two(torch.zeros(9)), torch.zeros(2))

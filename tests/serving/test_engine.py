@@ -147,21 +147,80 @@ def test_a_request_that_fails_fails_alone(pipeline, engine):
         assert (found - draw(pipeline)).abs().max() < 1e-4
 
 
-def test_calls_that_run_out_of_memory_are_halved(pipeline, engine):
-    step, sizes = engine.methods["decoder"][1], []
+def limit_rows(engine: StepEngine, name: str, limit: int) -> list[int]:
+    """Let a network run out of memory beyond so many rows; return the list that gets the rows of its calls."""
+    prepare, step = engine.methods[name]
+    sizes: list[int] = []
 
-    def take_two_rows(x: Tensor, t: Tensor, context) -> Tensor:
+    def take_few_rows(x: Tensor, t: Tensor, context) -> Tensor:
         sizes.append(len(x))
-        if len(x) > 2:
+        if len(x) > limit:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return step(x, t, context)
 
-    engine.methods["decoder"] = (engine.methods["decoder"][0], take_two_rows)
+    engine.methods[name] = prepare, take_few_rows
+    return sizes
+
+
+def test_calls_that_run_out_of_memory_are_halved(pipeline, engine):
+    sizes = limit_rows(engine, "decoder", 2)
     draws = [draw_text(f"number {seed}", seed, guidance_scale=1.0) for seed in range(4)]
     for draw, found in zip(draws, draw_together(engine, draws)):
         assert isinstance(found, Tensor), found
         assert (found - draw(pipeline)).abs().max() < 1e-4
     assert max(sizes) > 2
+
+
+def test_a_call_of_one_request_is_halved_too(pipeline):
+    draw = draw_text("many", 0, num_images_per_prompt=3, guidance_scale=2.0, prior_candidates=4)
+    alone = draw(pipeline)
+    with StepEngine(pipeline, max_rows=8) as engine:
+        of_prior, of_decoder = limit_rows(engine, "prior", 100), limit_rows(engine, "decoder", 2)
+        (found,) = draw_together(engine, [draw])
+    assert isinstance(found, Tensor) and (found - alone).abs().max() < 1e-4
+    # The prior's 12 candidates are more than a batch; the decoder's 6 rows are what does not fit
+    assert max(of_prior) <= 8 and len(of_prior) > 4
+    assert max(of_decoder) == 6 and {1, 2} & set(of_decoder)
+
+
+def test_a_request_that_needs_too_much_memory_for_one_row_fails(engine):
+    limit_rows(engine, "decoder", 0)
+    (error,) = draw_together(engine, [draw_text("a red circle", 0)])
+    assert isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def test_contexts_end_with_their_requests(engine):
+    draw_together(engine, [draw_text(f"number {seed}", seed) for seed in range(2)])
+    end = time.monotonic() + 10
+    while engine.contexts:
+        assert time.monotonic() < end, "they stay"
+        time.sleep(0.01)
+
+
+def test_a_step_hangs_by_what_its_size_may_take(pipeline, engine):
+    reached, released = threading.Event(), threading.Event()
+    prepare, step = engine.methods["decoder"]
+
+    def wait(x: Tensor, t: Tensor, context) -> Tensor:
+        reached.set()
+        released.wait(30)
+        return step(x, t, context)
+
+    engine.methods["decoder"] = prepare, wait
+    # A row of the model's own size takes a second; four times the cells take at most 16
+    engine.rates["decoder"] = 1 / torch.Size(pipeline.latent_shape[1:]).numel() ** 2
+    for side, alive in ((pipeline.image_size, False), (2 * pipeline.image_size, True)):
+        draw = draw_text("large", 0, guidance_scale=1.0, height=side, width=side)
+        thread = threading.Thread(target=draw_together, args=(engine, [draw]))
+        thread.start()
+        assert reached.wait(30)
+        engine.last_heartbeat -= 50
+        assert engine.is_alive == alive
+        released.set()
+        thread.join(30)
+        assert engine.is_alive
+        reached.clear()
+        released.clear()
 
 
 def test_a_request_that_does_something_else_holds_nobody_up(engine):

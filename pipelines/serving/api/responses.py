@@ -20,11 +20,13 @@ from t2i.pipelines.serving.pace import Forecast
 
 from t2i.errors import InputError
 from t2i.files.known_words import KnownWords, split_words
+from t2i.runtime.memory import is_out_of_memory
 from t2i.texts import wrap_text
 
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_SECONDS = 60  # after which clients ask a full queue again
+SHORT_MEMORY_SECONDS = 15  # after which a request that found no memory may be sent again
 RESTART_SECONDS = 5  # in which a worker of a small model is there again
 # Clients ask for the tokens of a request, which are not counted here
 NO_USAGE = {
@@ -162,6 +164,11 @@ def explain_failure(error: BaseException) -> ApiError:
         # Messages of pipelines begin with the name of what is at fault
         field, message = name_field(str(error))
         return ApiError(400, "invalid_value", message, field)
+    if is_out_of_memory(error):
+        # Its batches were halved already; what else draws, or another program, may need less in a while
+        logger.error("memory does not suffice for one image: %s", error)
+        message = "memory does not suffice at the moment; ask for a smaller size, or try again later"
+        return ApiError(503, "out_of_memory", message, headers={"retry-after": str(SHORT_MEMORY_SECONDS)})
     number = secrets.token_hex(4)
     logger.error("error %s while drawing", number, exc_info=error)
     # Drawing the same again would fail again
