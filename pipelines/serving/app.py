@@ -193,7 +193,7 @@ class ImagesApi:
                     del finish, images, mask
                 else:
                     add_images(drawn, values, images, mask)
-                checked = await asyncio.to_thread(service.check, drawn)
+                checked = await service.check(drawn)
                 answer = await asyncio.to_thread(self.build_answer, request, route, values, service, checked)
             entry.mark("read")
             job = service.submit(drawn, entry.key)

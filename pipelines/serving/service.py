@@ -1,9 +1,11 @@
 """The service behind the routes: requests wait for their turn, draw in threads, and report events."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial, reduce
 from typing import Protocol
 
@@ -16,6 +18,7 @@ from t2i.pipelines.serving.events import Event, EventFeed
 from t2i.pipelines.serving.pace import Pace
 
 QUEUE_TICK_SECONDS = 0.5  # between two looks at the requests that wait
+CHECKING_THREADS = 4
 
 
 class AnyDrawer(Protocol):
@@ -74,6 +77,8 @@ class Service:
         self.created, self.pace = int(time.time()), Pace()
         # A thread for each request that draws: each has one image at least
         self.threads = ThreadPoolExecutor(admission.max_running, thread_name_prefix="t2i-request")
+        # Of this model's own, so that a worker that hangs holds up no other model, and neither images nor words
+        self.checking_threads = ThreadPoolExecutor(CHECKING_THREADS, thread_name_prefix="t2i-check")
         self.jobs: set[Job] = set()
         for lane, drawer in zip(admission.lanes, drawers, strict=True):
             drawer.watch_room(partial(admission.set_room, lane))
@@ -104,10 +109,17 @@ class Service:
         """True while an engine is there to draw."""
         return any(lane.is_open for lane in self.admission.lanes)
 
-    def check(self, request: DrawRequest) -> CheckedRequest:
+    async def check(self, request: DrawRequest) -> CheckedRequest:
         """Check a request before it waits. Raises InputError, and EngineLost while nothing can check it."""
-        opened = (drawer for lane, drawer in zip(self.admission.lanes, self.drawers) if lane.is_open)
-        return next(opened, self.drawer).check(request)
+        return await asyncio.get_running_loop().run_in_executor(self.checking_threads, self.ask_drawers, request)
+
+    def ask_drawers(self, request: DrawRequest) -> CheckedRequest:
+        """Return what the first drawer that answers says of a request."""
+        opened = [drawer for lane, drawer in zip(self.admission.lanes, self.drawers) if lane.is_open]
+        for drawer in opened[:-1]:
+            with suppress(EngineLost):
+                return drawer.check(request)
+        return (opened or self.drawers)[-1].check(request)
 
     def submit(self, request: DrawRequest, key: str = "") -> Job:
         """Start a request. Raises QueueFull and Draining, and EngineLost while nothing can draw."""
@@ -192,3 +204,4 @@ class Service:
         for drawer in self.drawers:
             drawer.close()
         self.threads.shutdown()
+        self.checking_threads.shutdown()

@@ -7,7 +7,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from t2i.pipelines.jobs.planning import ModelSource
@@ -25,6 +25,8 @@ MAX_START_SECONDS = 1800.0  # of imports and loading
 # A worker that dies is started again after a second, then after twice as long, unless it lived for a while
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, LONG_LIFE_SECONDS = 1.0, 60.0, 120.0
 TICK_SECONDS = 0.5
+CHECK_SECONDS = 10.0  # that a worker may take for a check, which takes it milliseconds
+SILENT = "the model does not answer; try again later"
 ERRORS: dict[str, type[Exception]] = {"InputError": InputError, "Cancelled": Cancelled}
 
 
@@ -80,22 +82,35 @@ class RemoteDrawer:
     # Drawing
 
     def check(self, request: DrawRequest) -> CheckedRequest:
-        """Return what the worker's drawer says of a request; see `draw`."""
-        return CheckedRequest(**self.ask("check", request, request.pack(with_pixels=False)))
+        """Return what the worker's drawer says of a request; see `draw`. Raises EngineLost for one that is silent."""
+        fields = request.pack(with_pixels=False)
+        return CheckedRequest(**self.ask("check", request, fields, seconds=CHECK_SECONDS))
 
     def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]:
         """Return the images of a request. Raises what the worker's drawer raises, and EngineLost if it dies."""
         return [DrawnImage(**image) for image in self.ask("draw", request, request.pack(), watch)["images"]]
 
     def ask(
-        self, asked: str, request: DrawRequest, fields: dict[str, Any], watch: Watch | None = None
+        self,
+        asked: str,
+        request: DrawRequest,
+        fields: dict[str, Any],
+        watch: Watch | None = None,
+        seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Return the worker's answer to a message about a request. Raises its error, and EngineLost if it dies."""
+        """Return the worker's answer to a message about a request.
+
+        seconds: in which it has to answer; None waits as long as it lives. Raises its error, and EngineLost if it dies
+        or is late.
+        """
         number, answers = next(self.numbers), SimpleQueue[tuple[str, dict[str, Any]]]()
         with self.lock:
             link = self.link
             if link is None:
                 raise EngineLost("the model is loaded again; try again later")
+            # Nobody has to wait to learn what is known already
+            if seconds is not None and time.monotonic() - link.last_message > seconds:
+                raise EngineLost(SILENT)
             self.answers[number] = request, answers
         try:
             link.send(asked, number=number, request=fields)
@@ -103,7 +118,7 @@ class RemoteDrawer:
             if request.cancelled.is_set():
                 link.send("cancel", number=number)
             while True:
-                kind, data = answers.get()
+                kind, data = answers.get(timeout=seconds)
                 if kind == "done":
                     return {name: value for name, value in data.items() if name != "number"}
                 if kind == "failed":
@@ -114,6 +129,8 @@ class RemoteDrawer:
                     watch.report_step(data["stage"], data["step"], data["steps"])
                 if kind == "preview" and watch is not None:
                     watch.show_preview(data["preview"], data["images"])
+        except Empty as error:
+            raise EngineLost(SILENT) from error
         finally:
             with self.lock:
                 self.answers.pop(number, None)

@@ -2,12 +2,17 @@
 
 import asyncio
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
+from t2i.pipelines.calls.progress import Preview
 from t2i.pipelines.memory_needed import count_bytes_needed, count_fitting_pixels
 from t2i.pipelines.serving.admission import Admission, QueueFull
-from t2i.pipelines.serving.drawing import DrawRequest, ModelFacts
+from t2i.pipelines.serving.api.responses import explain_failure
+from t2i.pipelines.serving.drawing import CheckedRequest, Drawer, DrawRequest, EngineLost, ModelFacts
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts, StepEngine
 from t2i.pipelines.serving.events import Event
 from t2i.pipelines.serving.service import Job, Service
@@ -24,6 +29,11 @@ class WaitingDrawer:
 
     def watch_room(self, report) -> None:
         report(self.facts.max_pixels)
+
+    def check(self, request):
+        if not self.released.wait(10):
+            raise EngineLost("it hangs")
+        return CheckedRequest([], {"decoder": 4})
 
     def draw(self, request, watch=None):
         self.drawn.append(request)
@@ -123,6 +133,31 @@ def test_drawers_share_the_requests_and_a_cancelled_one_ends_in_its_own():
     run_service(work, drawers)
 
 
+def test_checks_that_hang_hold_up_nothing_else():
+    drawer = WaitingDrawer()
+
+    async def work(service: Service) -> None:
+        # More than there are threads in the event loop's own pool
+        checks = [asyncio.create_task(service.check(ask(seed))) for seed in range(40)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 5), 5) == 5
+        drawer.released.set()
+        assert {check.stages["decoder"] for check in await asyncio.gather(*checks)} == {4}
+
+    run_service(work, [drawer])
+
+
+def test_another_drawer_checks_if_one_does_not_answer(monkeypatch):
+    drawers = [WaitingDrawer(), WaitingDrawer()]
+    monkeypatch.setattr(drawers[0].released, "wait", lambda seconds: False)
+    drawers[1].released.set()
+
+    async def work(service: Service) -> None:
+        assert (await service.check(ask(0))).stages == {"decoder": 4}
+
+    run_service(work, drawers)
+
+
 def test_memory_admits_fewer_large_images():
     drawer = WaitingDrawer(max_pixels=2 * 64 * 64)
 
@@ -155,3 +190,24 @@ def test_memory_is_counted_alike_inside_an_engine(pipeline):
         pixels = count_fitting_pixels(pipeline)
         assert 1 < pixels < float("inf")
         assert count_fitting_pixels(pipeline, processes=4) < pixels / 2
+
+
+def test_memory_that_is_short_is_said_and_may_be_there_later():
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError()):
+        shown = explain_failure(error)
+        assert (shown.status, shown.code) == (503, "out_of_memory") and int(shown.headers["retry-after"]) > 0
+    assert explain_failure(ValueError("bad rows")).status == 500
+
+
+def test_a_preview_that_does_not_fit_into_memory_is_left_out():
+    shown = []
+    drawer = SimpleNamespace(engine=SimpleNamespace(step_aside=nullcontext))
+    watch = SimpleNamespace(report_step=lambda *step: None, show_preview=lambda number, images: shown.append(number))
+    report = Drawer.build_preview_callback(drawer, DrawRequest("text", {}, 0, previews=2), watch)
+
+    def fail() -> list:
+        raise MemoryError
+
+    for step in range(1, 10):
+        report(Preview("decoder", step, 9, torch.zeros(1), fail if step < 5 else list))
+    assert shown == [1]

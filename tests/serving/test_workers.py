@@ -196,6 +196,22 @@ def test_a_remote_drawer_checks_requests_without_their_pixels(drawer):
         drawer.check(ask("wrong"))
 
 
+def test_a_check_that_is_not_answered_ends(drawer, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(ScriptedDrawer, "check", lambda *_: released.wait(10) and CheckedRequest([], {}))
+    monkeypatch.setattr(workers_module, "CHECK_SECONDS", 0.05)
+    with pytest.raises(EngineLost, match="does not answer"):
+        drawer.check(ask("a cat"))
+    assert not drawer.answers
+    # Of a worker that is silent already nothing is asked
+    with monkeypatch.context() as patch:
+        patch.setattr(drawer.link, "last_message", 0.0)
+        patch.setattr(drawer.link, "send", None)
+        with drawer.lock, pytest.raises(EngineLost, match="does not answer"):
+            drawer.check(ask("a cat"))
+    released.set()
+
+
 def test_errors_of_a_worker_keep_their_kind(drawer):
     with pytest.raises(InputError, match="steps must be an integer"):
         drawer.draw(ask("wrong"))
