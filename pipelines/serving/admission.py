@@ -1,12 +1,12 @@
 """Admission: which requests draw, which wait, and which are refused. It counts images, and is independent of HTTP."""
 
+import itertools
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from math import ceil, inf
 
 RATE_SMOOTHING = 0.9  # of the moving average of the seconds that an image takes
@@ -31,7 +31,7 @@ class Ticket:
 
     images: how many it draws. key: whose request it is, for requests of one key take turns with those of others.
     pixels: of all its images, by which memory is counted. on_admitted: called with the ticket at its turn, with the
-    lock of the admission held.
+    lock of the admission held. passed: images of other keys that began while it had the turn, but no room.
     """
 
     images: int
@@ -41,6 +41,7 @@ class Ticket:
     lane: "Lane | None" = None
     entered: float = field(default_factory=time.monotonic)
     started: float | None = None
+    passed: int = 0
 
     @property
     def is_admitted(self) -> bool:
@@ -116,12 +117,14 @@ class Admission:
             if self.draining:
                 raise Draining("the server is shutting down")
             queued, own = self.queued_images, sum(other.images for other in self.queues.get(key, ()))
-            # With others in the queue a request waits too, even if there is room for it
-            starts_at_once = not queued and any(lane.has_room(ticket) for lane in self.lanes)
-            if not starts_at_once:
-                self.check_places(images, queued, own)
             self.queues.setdefault(key, deque()).append(ticket)
             self.admit_next()
+            if not ticket.is_admitted:
+                try:
+                    self.check_places(images, queued, own)
+                except QueueFull:
+                    self.withdraw(ticket)
+                    raise
         return ticket
 
     @contextmanager
@@ -187,8 +190,12 @@ class Admission:
 
     def admit_next(self) -> None:
         """Admit the requests whose turn it is, while there is room. The lock is held."""
+        self.drop_empty_queues()
         while found := self.find_next():
             ticket, lane = found
+            first = self.list_first()
+            for other in first[: first.index(ticket)]:
+                other.passed += ticket.images
             self.queues[ticket.key].popleft()
             # The key's next request comes after one of every other key
             self.queues.move_to_end(ticket.key)
@@ -196,18 +203,29 @@ class Admission:
             lane.running.add(ticket)
             ticket.started, ticket.lane = time.monotonic(), lane
             ticket.on_admitted(ticket)
-        self.drop_empty_queues()
 
     def drop_empty_queues(self) -> None:
         """Drop the queues of keys of which no request waits, or there would be one for every client that ever asked."""
         for key in [key for key, queue in self.queues.items() if not queue]:
             del self.queues[key]
 
+    def list_first(self) -> list[Ticket]:
+        """Return the first request of each key, in the order of turns."""
+        return [queue[0] for queue in self.queues.values()]
+
     def find_next(self) -> tuple[Ticket, Lane] | None:
-        """Return the request whose turn it is, and its lane; None if there is no room for it, or none waits."""
-        ticket = next((queue[0] for queue in self.queues.values() if queue), None)
-        lanes = [lane for lane in self.lanes if ticket is not None and lane.has_room(ticket)]
-        return (ticket, min(lanes, key=lambda lane: lane.images)) if ticket is not None and lanes else None
+        """Return the next request that there is room for, and its lane; None if there is none.
+
+        One that needs more room than there is lets the requests of other keys pass, up to as many images as its own:
+        then they wait until it begins, or it never would.
+        """
+        for ticket in self.list_first():
+            lanes = [lane for lane in self.lanes if lane.has_room(ticket)]
+            if lanes:
+                return ticket, min(lanes, key=lambda lane: lane.images)
+            if ticket.passed >= ticket.images:
+                return None
+        return None
 
     def learn_rate(self, ticket: Ticket) -> None:
         """Learn from a request that ends how long an image takes, all that draw at once counted."""
@@ -227,7 +245,7 @@ class Admission:
             # Those that draw are half done on average
             running = ceil(self.running_images / 2)
             # In the order of turns: the first request of each key, then the second of each
-            for turn in zip_longest(*self.queues.values()):
+            for turn in itertools.zip_longest(*self.queues.values()):
                 for ticket in turn:
                     if ticket is not None:
                         positions[ticket] = before, self.estimate_wait(before + running)

@@ -70,6 +70,24 @@ def test_cancelled_requests_say_nothing_of_the_time_that_an_image_takes():
     assert admission.seconds_per_image < 1.0
 
 
+def test_a_large_request_lets_as_many_images_of_other_keys_pass_as_it_has():
+    admission = Admission(max_running=8, max_queued=10)
+    first, large = admission.enter(1, "a"), admission.enter(10, "a")
+    # The queue is full, but these need not wait
+    passing = [admission.enter(images, "b") for images in (2, 5)]
+    assert list_admitted(large, *passing) == [False, True, True]
+    admission.leave(passing[1])
+    last = admission.enter(3, "c")
+    admission.leave(passing[0])
+    assert list_admitted(large, last) == [False, True]
+    with pytest.raises(QueueFull):
+        admission.enter(1, "b")
+    admission.leave(first)
+    assert list_admitted(large) == [False]
+    admission.leave(last)
+    assert list_admitted(large) == [True]
+
+
 def test_keys_take_turns():
     admission = Admission(max_running=1, max_queued=16, max_queued_per_key=3)
     running = admission.enter(1, "a")
