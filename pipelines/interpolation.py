@@ -44,12 +44,12 @@ Anchor: TypeAlias = ImageInput | str  # a str is a text, a Path an image
 
 @dataclass
 class AnchorLatents:
-    """Latents of the K anchors that are mixed."""
+    """Latents of the K anchors that are mixed, for each of S generators."""
 
-    image_embeds: Tensor  # (K, D), unit length
-    latents: Tensor  # (K, C, h, w)
-    text: TextEncoding | None  # what the decoder reads, nothing for images; None for decoders that read no captions
-    seed: int  # of the noise that a sampler adds
+    image_embeds: Tensor  # (S, K, D), unit length
+    latents: Tensor  # (S, K, C, h, w)
+    text: TextEncoding | None  # S * K that the decoder reads, nothing for images; None if it reads no captions
+    seeds: list[int]  # S, of the noise that a sampler adds
 
 
 class InterpolationPipeline(InvertingPipeline):
@@ -62,7 +62,7 @@ class InterpolationPipeline(InvertingPipeline):
         weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         frames: int = 8,
         inverted: bool = True,
-        generator: Generator | None = None,
+        generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
         **options: Unpack[InterpolationKeywords],
     ) -> UnCLIPPipelineOutput | tuple:
@@ -78,7 +78,8 @@ class InterpolationPipeline(InvertingPipeline):
             frames: images from each anchor to the next, both included: (K - 1) (frames - 1) + 1 in all.
             inverted: start from the images' own noise, so that the way begins and ends with them; else all start from
                 one new noise, as texts do in any case.
-            generator: source of the noise of texts, of the prior, and of what a sampler or the upsampler adds.
+            generator: source of the noise of texts, of the prior, and of what a sampler or the upsampler adds. From a
+                list of them, one mix is drawn for each, as each alone draws it.
             options: if images are inverted, 50 steps and no guidance of the decoder are the default, the inversion uses
                 the same, and the sampler is ddim; else that is the default. A goal of steering may be one for each
                 image. `negative_image_embeds` is not allowed.
@@ -88,30 +89,37 @@ class InterpolationPipeline(InvertingPipeline):
         # Check the arguments
         checked = list_anchors(anchors)
         rows = build_mixing_weights(len(checked), weights, frames)
+        streams = list_streams(generator, len(rows))
+        # The generator of each image
+        places = list(range(len(streams))) if len(streams) > 1 else [0] * len(rows)
+        rows = rows.expand(len(places), -1)
         texts = [anchor for anchor in checked if isinstance(anchor, str)]
         image_anchors = [anchor for anchor in checked if not isinstance(anchor, str)]
         inverted = inverted and bool(image_anchors)
         prior, decoder = self.resolve_options(**options, inverted=inverted)
         if inverted:
             check_inversion_guidance(decoder)
-        check_tensor("prior_latents", prior.prior_latents, (len(texts), self.clip.embed_dim))
+        check_tensor("prior_latents", prior.prior_latents, (len(streams) * len(texts), self.clip.embed_dim))
         check_stage_options(self, prior if texts else None, decoder)
         check_stage_inputs(self, None, decoder, len(rows))
         check_batch_fits(self, None, decoder, min(len(rows), FRAMES_PER_BATCH))
         size = self.compute_image_shape(decoder)
         images = read_given_images(image_anchors, size, self.clip, "anchors") if image_anchors else None
-        ends = self.encode_anchors(checked, images, inverted, prior, decoder, generator)
+        ends = self.encode_anchors(checked, images, inverted, prior, decoder, streams)
 
         # Mix, and draw in batches
-        z_i = torch.stack([compute_spherical_mean(ends.image_embeds, row) for row in rows])
-        x_T = torch.stack([compute_spherical_mean(ends.latents.flatten(1), row) for row in rows])
-        x_T = x_T.unflatten(1, ends.latents.shape[1:])
+        z_i, x_T = (
+            torch.stack([compute_spherical_mean(latents[place], row) for place, row in zip(places, rows)])
+            for latents in (ends.image_embeds, ends.latents.flatten(2))
+        )
+        x_T = x_T.unflatten(1, ends.latents.shape[2:])
+        nearest = rows.argmax(dim=1) + len(checked) * torch.tensor(places)
         drawn = []
         for start in range(0, len(rows), FRAMES_PER_BATCH):
             part = slice(start, start + FRAMES_PER_BATCH)
-            text = None if ends.text is None else ends.text.take_rows(rows[part].argmax(dim=1))
-            # The noise that a sampler adds is the same for all, or the frames would flicker
-            generators = [Generator().manual_seed(ends.seed) for _ in rows[part]]
+            text = None if ends.text is None else ends.text.take_rows(nearest[part])
+            # The noise that a sampler adds is the same for all of a generator, or the frames would flicker
+            generators = [Generator().manual_seed(ends.seeds[place]) for place in places[part]]
             part_options = replace(decoder, steering=slice_steering(decoder.steering, part))
             with follow_batch(len(generators)):
                 drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, generators))
@@ -142,29 +150,43 @@ class InterpolationPipeline(InvertingPipeline):
         inverted: bool,
         prior: PriorOptions,
         decoder: DecoderOptions,
-        generator: Generator | None,
+        streams: list[Generator],
     ) -> AnchorLatents:
-        """Compute z_i and x_T of each anchor; texts, and images that are not inverted, have one noise in common."""
+        """Compute z_i and x_T of each anchor for each generator, which gives one noise to all but inverted images."""
+        count, device = len(streams), self._execution_device
         is_text = torch.tensor([isinstance(anchor, str) for anchor in anchors])
-        (prior_generator,), (noise_generator,) = split_generators(generator, 1)
-        noise = generate_noise(self.compute_latent_shape(decoder), [noise_generator], self._execution_device)
+        split = [split_generators(stream, 1) for stream in streams]
+        noise_generators = [generator for _, (generator,) in split]
+        noise = generate_noise(self.compute_latent_shape(decoder), noise_generators, device)
         # Drawn after the noise, so that the noise is that of the generator's first numbers
-        seed = int(torch.randint(2**62, (1,), generator=noise_generator))
-        latents = noise.repeat(len(anchors), 1, 1, 1)
-        z_i = latents.new_empty(len(anchors), self.clip.embed_dim)
+        seeds = [int(torch.randint(2**62, (1,), generator=generator)) for generator in noise_generators]
+        latents = noise[:, None].repeat(1, len(anchors), 1, 1, 1)
+        z_i = latents.new_empty(count, len(anchors), self.clip.embed_dim)
         # Images have no caption: the null's stands for it
-        captions = self.decoder.null(len(anchors)).text
+        captions = self.decoder.null(count * len(anchors)).text
         if is_text.any():
-            places = is_text.nonzero()[:, 0]
-            text = self.encode_prompt([anchor for anchor in anchors if isinstance(anchor, str)])
-            _, generators = split_generators(prior_generator, len(places))
-            z_i[is_text] = run_prior_stage(self, text, None, prior, generators, decoder)
+            texts = [anchor for anchor in anchors if isinstance(anchor, str)]
+            text = self.encode_prompt(texts)
+            text = text if count == 1 else text.take_rows(torch.arange(len(texts)).repeat(count))
+            generators = [one for (first,), _ in split for one in split_generators(first, len(texts))[1]]
+            z_i[:, is_text] = run_prior_stage(self, text, None, prior, generators, decoder).unflatten(0, (count, -1))
+            places = is_text.repeat(count).nonzero()[:, 0]
             captions = None if captions is None else place_captions(text, places, captions)
         if images is not None and inverted:
-            z_i[~is_text], latents[~is_text] = self.invert_images(images, None, decoder)
+            # Nothing of them is drawn by chance: they are the same for all
+            z_i[:, ~is_text], latents[:, ~is_text] = self.invert_images(images, None, decoder)
         elif images is not None:
-            z_i[~is_text] = self.encode_image(images.seen)
-        return AnchorLatents(z_i, latents, captions, seed)
+            z_i[:, ~is_text] = self.encode_image(images.seen)
+        return AnchorLatents(z_i, latents, captions, seeds)
+
+
+def list_streams(generator: Any, count: int) -> list[Any]:
+    """Return the generators of the noise: one for `count` images, or several for one mix. Raises InputError."""
+    if not isinstance(generator, list):
+        return [generator]
+    if not generator or (len(generator) > 1 and count > 1):
+        raise InputError(f"generator has {len(generator)} generators for {count} mixes; give one, or one mix")
+    return generator
 
 
 def list_anchors(anchors: Any) -> list[Anchor]:

@@ -256,10 +256,10 @@ class MixTask(Task):
         check_stage_inputs(self.pipeline, None, decoder, self.request.count)
 
     def draw(self) -> list[Image.Image]:
-        # A strip is one call with one seed; other mixes are a call for each seed
+        # A strip has one seed; other mixes are one for each seed
         generators = self.request.generators[:1] if self.is_strip else self.request.generators
         call = self.inputs | self.arguments | {"resolved": self.resolved}
-        return [image for stream in generators for image in self.pipeline(**call, generator=stream).images]
+        return self.pipeline(**call, generator=generators).images
 
     def build_records(self) -> list[Record]:
         request, source, weights = self.request, self.model.source, self.settings["weights"]

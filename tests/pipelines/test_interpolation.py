@@ -82,6 +82,22 @@ def test_pictures_and_texts_mix(between):
     assert (found.images[0] - expected[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("inverted", [True, False])
+def test_several_generators_draw_what_each_draws_alone(between, inverted):
+    def draw(generator):
+        anchors = ["red circle", picture(1), "blue square"]
+        settings = {"weights": [1, 2, 1], "inverted": inverted, "prior_candidates": 2, **QUICK}
+        return between(anchors, generator=generator, **settings)
+
+    alone = [draw(torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    together = draw([torch.Generator().manual_seed(seed) for seed in (3, 4)])
+    torch.testing.assert_close(together.images, torch.cat([one.images for one in alone]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(together.image_embeds, torch.cat([one.image_embeds for one in alone]))
+    assert not torch.allclose(alone[0].images, alone[1].images, atol=1e-2)
+    with pytest.raises(InputError, match="generator has 2 generators for 8 mixes"):
+        between(["a", "b"], generator=[torch.Generator()] * 2)
+
+
 def test_without_inversion_the_way_begins_with_a_variation(between, pipeline):
     pictures = [picture(1), picture(2)]
     expected = between.encode_latents(read_images(pictures, 32))
