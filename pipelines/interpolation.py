@@ -107,13 +107,22 @@ class InterpolationPipeline(InvertingPipeline):
         images = read_given_images(image_anchors, size, self.clip, "anchors") if image_anchors else None
         ends = self.encode_anchors(checked, images, inverted, prior, decoder, streams)
 
-        # Mix, and draw in batches
+        drawn, z_i = self.draw_mixes(ends, rows, places, decoder)
+        return self.build_output(drawn, z_i, return_dict)
+
+    def draw_mixes(
+        self, ends: AnchorLatents, rows: Tensor, places: list[int], decoder: DecoderOptions
+    ) -> tuple[Any, Tensor]:
+        """Draw N mixes in batches: images in the form of `output_type`, and their z_i, (N, D).
+
+        rows: (N, K), how much of each anchor is in each. places: of the generators of each, among `ends`.
+        """
         z_i, x_T = (
             torch.stack([compute_spherical_mean(latents[place], row) for place, row in zip(places, rows)])
             for latents in (ends.image_embeds, ends.latents.flatten(2))
         )
         x_T = x_T.unflatten(1, ends.latents.shape[2:])
-        nearest = rows.argmax(dim=1) + len(checked) * torch.tensor(places)
+        nearest = rows.argmax(dim=1) + ends.latents.shape[1] * torch.tensor(places)
         drawn = []
         for start in range(0, len(rows), FRAMES_PER_BATCH):
             part = slice(start, start + FRAMES_PER_BATCH)
@@ -123,7 +132,7 @@ class InterpolationPipeline(InvertingPipeline):
             part_options = replace(decoder, steering=slice_steering(decoder.steering, part))
             with follow_batch(len(generators)):
                 drawn.append(self.redraw_images(BipartiteLatent(z_i[part], x_T[part]), text, part_options, generators))
-        return self.build_output(concatenate_images(drawn), z_i, return_dict)
+        return concatenate_images(drawn), z_i
 
     @classmethod
     def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:
