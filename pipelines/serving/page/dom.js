@@ -72,7 +72,7 @@ export function openView(title, { kind = "" } = {}) {
   const opener = document.activeElement;
   const dialog = h("dialog", { class: `view ${kind}`, "aria-labelledby": id });
   const close = () => dialog.close();
-  const head = h("header", { class: "view-head" }, heading, iconButton("close", "Close", close));
+  const head = h("div", { class: "view-head" }, heading, iconButton("close", "Close", close));
   dialog.append(head, body, actions);
   // A press that begins and ends on the backdrop closes; a brush stroke that ends there does not
   let pressed = null;

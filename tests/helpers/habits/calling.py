@@ -37,8 +37,10 @@ def upper_half(width: int = 32, height: int = 32, white: int = 255) -> Image.Ima
 
 @differs("`DiffusionPipeline.from_pretrained`")
 def load_by_a_class_of_diffusers(pipeline_folder: Path) -> None:
-    with pytest.raises(AttributeError, match="Text2ImagePipeline"):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
         diffusers.DiffusionPipeline.from_pretrained(pipeline_folder)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(pipeline_folder, trust_remote_code=True)
+    assert type(loaded) is Text2ImagePipeline
     assert isinstance(ImageVariationPipeline.from_pretrained(pipeline_folder), ImageVariationPipeline)
 
 

@@ -35,16 +35,16 @@ class ServerProcess:
         command = [sys.executable, "-m", "t2i", "serve", "--model", model, "--port", "0", *options]
         environment = os.environ | {"TMPDIR": self.folder.name, "OMP_NUM_THREADS": "1"}
         # A file, for nobody reads a pipe once the server runs
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
-        self.process = subprocess.Popen(command, stdout=self.log, text=True, env=environment)
+        self.log = Path(self.folder.name) / "output.txt"
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, env=environment)
         self.address = self.wait_for_address()
         self.host, self.port = "127.0.0.1", int(self.address.rsplit(":", 1)[1])
 
     def wait_for_address(self) -> str:
         """Return the address that the server prints when it listens."""
         while True:
-            self.log.seek(0)
-            if found := re.search(r"http://\S+:\d+", self.log.read()):
+            if found := re.search(r"http://\S+:\d+", self.log.read_text()):
                 return found[0]
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with status {self.process.returncode} before it listened")
