@@ -252,3 +252,7 @@ def test_names_of_a_checkout_are_the_same_modules(monkeypatch):
 
     assert Text2ImagePipeline is Installed
     assert train_prior is t2i.training.train_prior
+
+
+def test_benchmarks_have_at_most_1500_lines():
+    assert sum(path.read_text().count("\n") for path in (ROOT / "benchmarks").rglob("*.py")) <= 1500
