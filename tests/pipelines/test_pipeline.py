@@ -288,7 +288,9 @@ def test_the_folder_format_is_pinned(pipeline_folder):
     files = {str(path.relative_to(pipeline_folder)) for path in pipeline_folder.rglob("*") if path.is_file()}
     models = {"autoencoder", "clip", "decoder", "prior"}
     assert files == {
+        "README.md",
         "model_index.json",
+        "pipeline.py",
         "clip/tokenizer.json",
         "clip/words.json",
         "decoder_scheduler/scheduler_config.json",
