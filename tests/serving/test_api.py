@@ -6,6 +6,7 @@ import io
 import json
 import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -45,8 +46,9 @@ def address(service: Service):
 
 
 @pytest.fixture(scope="module")
-def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def open_image(answer, index: int = 0) -> Image.Image:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from t2i.pipelines import Text2ImagePipeline
 from t2i.pipelines.jobs.planning import ModelSource
@@ -41,3 +42,10 @@ def address(service: Service) -> Iterator[str]:
     api = ImagesApi({"tiny": service}, ImageStore(), {"dall-e-2": "tiny"})
     with run_server(api, api.limits) as server:
         yield f"http://127.0.0.1:{server.port}"
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[openai.OpenAI]:
+    """The unmodified client, which sends nothing twice; its connections end with it."""
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client

@@ -49,8 +49,7 @@ def test_the_asynchronous_client_draws_edits_and_streams(address):
     asyncio.run(work())
 
 
-def test_progress_tells_stages_steps_and_the_time_left(address):
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def test_progress_tells_stages_steps_and_the_time_left(client):
     asked = FEW | {"progress": True, "upsample": 1}
     for _ in range(2):  # the first request shows how long the stages take
         events = list(client.images.generate(prompt="red", stream=True, extra_body=asked))
@@ -63,9 +62,8 @@ def test_progress_tells_stages_steps_and_the_time_left(address):
     assert last["decoder"]["seconds_left"] > 0 and last["decoder"]["position"] == 0
 
 
-def test_a_client_asks_again_while_the_queue_is_full(address, service, monkeypatch):
+def test_a_client_asks_again_while_the_queue_is_full(client, service, monkeypatch):
     monkeypatch.setattr(service.admission, "seconds_per_image", 0.01)  # the client waits as long as it is told to
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=2)
     held = [service.admission.enter(16), service.admission.enter(16)]
     refused = []
 
@@ -75,7 +73,7 @@ def test_a_client_asks_again_while_the_queue_is_full(address, service, monkeypat
             service.admission.leave(held.pop())
 
     with httpx2.Client(event_hooks={"response": [free_the_queue]}) as http:
-        answer = client.with_options(http_client=http).images.generate(prompt="red", extra_body=FEW)
+        answer = client.with_options(http_client=http, max_retries=2).images.generate(prompt="red", extra_body=FEW)
     assert answer.data[0].seed == 7
     assert [status for status, _ in refused] == [429, 200] and 1 <= int(refused[0][1]) <= 60
 
@@ -173,8 +171,7 @@ def test_the_javascript_client_draws_edits_and_streams(address, tmp_path: Path):
     assert found["error"] == ["BadRequestError", 400, "size", "invalid_value", "invalid_request_error"]
 
 
-def test_unknown_words_are_told_and_refused_if_asked(address, caplog):
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def test_unknown_words_are_told_and_refused_if_asked(client, caplog):
     answer = client.images.generate(prompt="a round cirkle", extra_body=FEW)
     assert answer.unknown_words == [
         {"word": "round", "near": ["red circle"], "is_keyword": True},
@@ -193,8 +190,7 @@ def test_unknown_words_are_told_and_refused_if_asked(address, caplog):
         client.post("/texts", body={}, cast_to=dict)
 
 
-def test_settings_without_effect_are_told(address):
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def test_settings_without_effect_are_told(client):
     answer = client.images.generate(
         prompt="red", extra_body=FEW | {"negative_prompt": "blue", "prior_guidance_scale": 1, "safety_identifier": "me"}
     )
@@ -204,16 +200,14 @@ def test_settings_without_effect_are_told(address):
     assert answer.safety_identifier == "me" and answer.timings["total_seconds"] > 0
 
 
-def test_a_model_says_what_it_takes(address):
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def test_a_model_says_what_it_takes(client):
     model = client.models.retrieve("dall-e-2")
     assert (model.id, model.size, model.upsample, model.max_n) == ("tiny", [SIDE, SIDE], 2, 10)
     assert model.defaults["steps"] == 25 and "weights" in model.fields["edits"] and "unipc" in model.samplers
 
 
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
-def test_other_formats_have_their_settings_in_exif(address, output_format):
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def test_other_formats_have_their_settings_in_exif(client, output_format):
     asked = {"prompt": "red é", "output_format": output_format, "output_compression": 50}
     answer = client.images.generate(**asked, extra_body=FEW)
     exif = decode(answer.data[0].b64_json).getexif()
