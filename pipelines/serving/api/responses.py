@@ -131,11 +131,11 @@ def list_unknown_words(known: KnownWords | None, texts: str | list[str]) -> list
     ]
 
 
-def check_each_text(known: KnownWords | None, texts: list[str]) -> list[dict[str, Any]]:
+def check_each_text(known: KnownWords | None, texts: str | list[str]) -> list[dict[str, Any]]:
     """Return each text with its unknown words. All are sought at once, so that many texts take no longer than one."""
     found = {word["word"]: word for word in list_unknown_words(known, texts)}
     checked = []
-    for text in texts:
+    for text in wrap_text(texts):
         words = dict.fromkeys(split_words(text))
         checked.append({"text": text, "unknown_words": [found[word] for word in words if word in found]})
     return checked
