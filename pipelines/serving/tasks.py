@@ -1,5 +1,6 @@
 """Tasks of requests: how each is checked and drawn by its pipeline, and recorded as its command records it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from inspect import signature
 from math import ceil
@@ -38,7 +39,7 @@ class ServedModel:
     weights: str
 
 
-class Task:
+class Task(ABC):
     """A request with its settings checked, ready to be drawn. Raises InputError for settings that are not allowed.
 
     watch: further options of the pipeline, such as `on_preview`.
@@ -81,17 +82,17 @@ class Task:
         """True if the drawing starts from the noise of given images."""
         return False
 
+    @abstractmethod
     def check(self) -> None:
         """Refuse what the pipeline would refuse, before the request waits for its turn. Raises InputError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self) -> list[Image.Image]:
         """Return the images."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_records(self) -> list[Record]:
         """Return the record of each image."""
-        raise NotImplementedError
 
     @property
     def inputs(self) -> dict[str, Any]:
