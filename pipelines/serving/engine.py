@@ -13,11 +13,10 @@ import copy
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -26,6 +25,7 @@ from t2i.pipelines.serving.rows import (
     DENOISERS,
     ROW_COUNTS,
     EngineCounts,
+    JoinedContexts,
     PreparedCondition,
     StepCall,
     count_rows,
@@ -40,7 +40,6 @@ from t2i.runtime.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 MERGED = ("prior", "decoder")  # an upsampler's steps are of windows of any size, and run alone
-MAX_CONTEXTS = 8  # merged ones that are kept, while the same requests take steps together
 HEARTBEAT_SECONDS = 1.0
 # An engine that is silent for longer hangs; or for so many times what the call of a network takes that runs
 MAX_SILENCE_SECONDS, MAX_SILENCE_CALLS = 30.0, 4.0
@@ -81,7 +80,7 @@ class StepEngine:
         self.changed = threading.Condition()  # guards all of the above, and is notified of every change
         self.own = threading.local()  # .drawing: of a thread that joined
         self.closed = False
-        self.contexts: OrderedDict[tuple, tuple[list[PreparedCondition], Any]] = OrderedDict()
+        self.contexts = JoinedContexts()
         # The networks' own methods, which may be compiled ones, and in their place those that wait for the engine
         self.networks = {name: network for name in DENOISERS if (network := getattr(pipeline, name, None)) is not None}
         self.methods = {name: (network.prepare, network.step) for name, network in self.networks.items()}
@@ -247,7 +246,7 @@ class StepEngine:
             with self.changed:
                 while not self.closed and not self.is_ready():
                     self.last_heartbeat = time.monotonic()
-                    self.drop_idle_contexts()
+                    self.contexts.drop_idle(self.drawings)
                     self.changed.wait(HEARTBEAT_SECONDS)
                 if self.closed:
                     return
@@ -352,39 +351,14 @@ class StepEngine:
         """Return the rows of each step from one call of the network."""
         rows = count_rows(calls)
         added = round_up_rows(rows) - rows
-        context = self.get_context(calls, added)
+        prepare, step = self.methods[calls[0].denoiser]
+        context = self.contexts.get([call.prepared for call in calls], added, prepare)
         x, t = (torch.cat(parts) for parts in zip(*((call.x, call.t.expand(len(call.x))) for call in calls)))
         if added:
             # Any row will do: its result is cut off
             x, t = (torch.cat([part, part[-1:].expand(added, *part.shape[1:])]) for part in (x, t))
-        result = self.methods[calls[0].denoiser][1](x, t, context)
+        result = step(x, t, context)
         return iter(result[:rows].split([len(call.x) for call in calls]))
-
-    def get_context(self, calls: list[StepCall], added: int) -> Any:
-        """Return the context of the joined conditions. It is computed anew when other requests take part."""
-        members = [call.prepared for call in calls]
-        key = (added, *map(id, members))
-        if key in self.contexts:
-            self.contexts.move_to_end(key)
-            return self.contexts[key][1]
-        condition = reduce(Condition.cat, (member.condition for member in members))
-        if added:
-            last = len(condition) - 1
-            condition = condition.take_rows(torch.tensor([*range(last + 1), *[last] * added]))
-        prepare = self.methods[calls[0].denoiser][0]
-        timesteps = [member.timesteps for member in members if member.timesteps is not None]
-        context = prepare(condition, torch.cat(timesteps).unique()) if timesteps else prepare(condition)
-        # The members are kept with it, so that their ids stay theirs
-        self.contexts[key] = (members, context)
-        while len(self.contexts) > MAX_CONTEXTS:
-            self.contexts.popitem(last=False)
-        return context
-
-    def drop_idle_contexts(self) -> None:
-        """Drop the contexts of requests that have ended, which take memory that others count on. The lock is held."""
-        for key, (members, _) in list(self.contexts.items()):
-            if any(member.owner not in self.drawings for member in members):
-                del self.contexts[key]
 
     def warm_up(self, counts: Iterable[int] = ROW_COUNTS) -> None:
         """Take a step of prior and decoder with each number of rows up to `max_rows`, from the calling thread."""

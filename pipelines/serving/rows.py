@@ -1,10 +1,13 @@
 """Rows of the calls of a network: the steps that they are of, which can be joined, and counts of what was done."""
 
 from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from t2i.diffusion.condition import Condition, count_up
@@ -14,6 +17,7 @@ ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+MAX_CONTEXTS = 8  # joined ones that are kept
 DENOISERS = ("prior", "decoder", "upsampler")
 
 
@@ -55,6 +59,43 @@ class StepCall:
         """Return a step of the first half of the rows, and one of the second."""
         parts = zip(self.x.chunk(2), self.t.expand(len(self.x)).chunk(2), self.prepared.halves)
         return [replace(self, x=x, t=t, prepared=prepared) for x, t, prepared in parts]
+
+
+class JoinedContexts:
+    """Contexts of the joined conditions of requests, kept while the same requests take steps together."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[tuple, tuple[list[PreparedCondition], Any]] = OrderedDict()
+
+    def get(self, members: list[PreparedCondition], added: int, prepare: Callable[..., Any]) -> Any:
+        """Return the context of the joined conditions. It is computed anew when other requests take part.
+
+        added: copies of the last row at the end. prepare: of the network.
+        """
+        key = (added, *map(id, members))
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key][1]
+        condition = reduce(Condition.cat, (member.condition for member in members))
+        if added:
+            last = len(condition) - 1
+            condition = condition.take_rows(torch.tensor([*range(last + 1), *[last] * added]))
+        timesteps = [member.timesteps for member in members if member.timesteps is not None]
+        context = prepare(condition, torch.cat(timesteps).unique()) if timesteps else prepare(condition)
+        # The members are kept with it, so that their ids stay theirs
+        self.kept[key] = (members, context)
+        while len(self.kept) > MAX_CONTEXTS:
+            self.kept.popitem(last=False)
+        return context
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    def drop_idle(self, owners: Collection[Any]) -> None:
+        """Drop the contexts of requests that have ended, which take memory that others count on."""
+        for key, (members, _) in list(self.kept.items()):
+            if any(member.owner not in owners for member in members):
+                del self.kept[key]
 
 
 def count_rows(calls: list[StepCall]) -> int:
