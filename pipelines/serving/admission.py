@@ -30,13 +30,15 @@ class Ticket:
     """A request's place: in the queue until it has a `lane`, then among those that draw, until it is returned.
 
     images: how many it draws. key: whose request it is, for requests of one key take turns with those of others.
-    pixels: of all its images, by which memory is counted. on_admitted: called with the ticket at its turn, with the
-    lock of the admission held. passed: images of other keys that began while it had the turn, but no room.
+    pixels: of all its images, by which memory is counted. input_bytes: of what it is given, once it draws.
+    on_admitted: called with the ticket at its turn, with the lock of the admission held. passed: images of other keys
+    that began while it had the turn, but no room.
     """
 
     images: int
     key: str = ""
     pixels: int = 0
+    input_bytes: int = 0
     on_admitted: Callable[["Ticket"], object] = lambda ticket: None
     lane: "Lane | None" = None
     entered: float = field(default_factory=time.monotonic)
@@ -83,11 +85,19 @@ class Admission:
         max_queued: images that wait, of all keys together.
         max_queued_per_key: images that wait for one key; None is no limit but `max_queued`.
         lanes: number of engines.
+        max_input_bytes: of what the requests that draw at the same time are given, in all lanes.
     """
 
-    def __init__(self, max_running: int, max_queued: int, max_queued_per_key: int | None = None, lanes: int = 1):
+    def __init__(
+        self,
+        max_running: int,
+        max_queued: int,
+        max_queued_per_key: int | None = None,
+        lanes: int = 1,
+        max_input_bytes: float = inf,
+    ):
         self.lanes = [Lane(max_running) for _ in range(lanes)]
-        self.max_queued = max_queued
+        self.max_queued, self.max_input_bytes = max_queued, max_input_bytes
         self.max_queued_per_key = max_queued if max_queued_per_key is None else max_queued_per_key
         # Reentrant: a signal's handler drains in the thread that may just hold it
         self.lock = threading.RLock()
@@ -109,10 +119,15 @@ class Admission:
         return sum(lane.images for lane in self.lanes)
 
     def enter(
-        self, images: int, key: str = "", pixels: int = 0, on_admitted: Callable[[Ticket], object] | None = None
+        self,
+        images: int,
+        key: str = "",
+        pixels: int = 0,
+        input_bytes: int = 0,
+        on_admitted: Callable[[Ticket], object] = lambda ticket: None,
     ) -> Ticket:
         """Return a ticket for a request; see `Ticket`. Raises QueueFull and Draining."""
-        ticket = Ticket(images, key, pixels, on_admitted or (lambda ticket: None))
+        ticket = Ticket(images, key, pixels, input_bytes, on_admitted)
         with self.lock:
             if self.draining:
                 raise Draining("the server is shutting down")
@@ -221,11 +236,16 @@ class Admission:
         """
         for ticket in self.list_first():
             lanes = [lane for lane in self.lanes if lane.has_room(ticket)]
-            if lanes:
+            if lanes and self.has_memory(ticket):
                 return ticket, min(lanes, key=lambda lane: lane.images)
             if ticket.passed >= ticket.images:
                 return None
         return None
+
+    def has_memory(self, ticket: Ticket) -> bool:
+        """Return True if what a request is given may be held beside what those that draw have; of one alone, it may."""
+        held = sum(other.input_bytes for lane in self.lanes for other in lane.running)
+        return not held or held + ticket.input_bytes <= self.max_input_bytes
 
     def learn_rate(self, ticket: Ticket) -> None:
         """Learn from a request that ends how long an image takes, all that draw at once counted."""

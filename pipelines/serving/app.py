@@ -69,7 +69,7 @@ class ImagesApi:
         self.access, self.limits = access or Access(), limits or Limits()
         self.metrics = Metrics(self.services.values)
         self.ready = True
-        self.uploads = UploadReader()
+        self.uploads = UploadReader(self.limits.held_bytes)
         self.checking_words = asyncio.Semaphore(1)
 
     def build_app(self) -> Starlette:
@@ -186,10 +186,9 @@ class ImagesApi:
         try:
             with service.admission.expect(drawn.count, entry.key):
                 if images:
-                    hold = getattr(request.state, "hold", lambda size: None)
                     finish = partial(add_images, drawn, values, images, mask)
-                    await self.uploads.read(images, mask, entry.key, hold, finish)
-                    # While the request waits and draws, it has its images, and no files
+                    await self.uploads.read(images, mask, entry.key, finish)
+                    # While the request waits it alone holds the files, and while it draws its images in their place
                     del finish, images, mask
                 else:
                     add_images(drawn, values, images, mask)

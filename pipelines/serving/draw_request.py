@@ -11,6 +11,8 @@ from torch import Generator
 
 from t2i.files.known_words import KnownWords
 
+BYTES_PER_PIXEL = 4  # of decoded images, also of those in RGB
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -108,6 +110,12 @@ class DrawRequest:
     def image(self) -> Image.Image | None:
         """The first image among the inputs."""
         return next((given for given in self.inputs if isinstance(given, Image.Image)), None)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the given images and the mask, when they are decoded."""
+        images = [given for given in (*self.inputs, self.mask) if isinstance(given, Image.Image)]
+        return BYTES_PER_PIXEL * sum(image.width * image.height for image in images)
 
     @property
     def has_texts(self) -> bool:

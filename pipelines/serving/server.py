@@ -127,8 +127,11 @@ def build_services(source: ModelSource, settings: ServerSettings) -> dict[str, S
         for drawer in itertools.chain(*drawers.values()):
             drawer.close()
         raise
-    queue = (settings.max_batch, settings.max_queue, settings.max_queue_per_key, len(places))
-    return {name: Service(name, found, Admission(*queue), settings.queue_timeout) for name, found in drawers.items()}
+    counts = settings.max_batch, settings.max_queue, settings.max_queue_per_key, len(places)
+    return {
+        name: Service(name, found, Admission(*counts, settings.limits.held_bytes), settings.queue_timeout)
+        for name, found in drawers.items()
+    }
 
 
 def find_aliases(settings: ServerSettings, names: Collection[str]) -> dict[str, str]:

@@ -130,9 +130,8 @@ class Service:
         pixels = request.count_pixels(self.drawer.facts)
         self.jobs.add(job)
         try:
-            job.ticket = self.admission.enter(
-                request.count, key, pixels, lambda ticket: self.threads.submit(self.run, job, ticket)
-            )
+            start = partial(self.threads.submit, self.run, job)
+            job.ticket = self.admission.enter(request.count, key, pixels, request.input_bytes, start)
         except BaseException:
             self.jobs.discard(job)
             raise

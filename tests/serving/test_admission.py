@@ -137,6 +137,16 @@ def test_memory_admits_no_more_pixels_than_fit():
     assert list_admitted(large) == [True]
 
 
+def test_inputs_of_the_requests_that_draw_fit_into_memory_together():
+    admission = Admission(max_running=8, max_queued=8, lanes=2, max_input_bytes=100)
+    first, second, third, text = (
+        admission.enter(1, key, input_bytes=size) for key, size in zip("abcd", (60, 40, 40, 0))
+    )
+    assert list_admitted(first, second, third, text) == [True, True, False, True]
+    admission.leave(second)
+    assert list_admitted(third) == [True]
+
+
 def test_lanes_with_the_fewest_images_take_the_next_request():
     admission = Admission(max_running=4, max_queued=8, lanes=2)
     tickets = [admission.enter(images) for images in (3, 1, 1, 2)]

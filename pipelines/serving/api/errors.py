@@ -39,3 +39,9 @@ class ApiError(Exception):
 def build_field_error(field: str, message: str, code: str = "invalid_value") -> ApiError:
     """Return the error for a field with a value that is not allowed."""
     return ApiError(400, code, message, field)
+
+
+def build_size_error(what: str, most: int, field: str | None = None) -> ApiError:
+    """Return the error for something of too many bytes."""
+    unit, size = ("MB", most / 2**20) if most >= 2**20 else ("KB", most / 2**10)
+    return ApiError(413, "payload_too_large", f"{what} has more than {size:g} {unit}", field)

@@ -1,10 +1,12 @@
 """Images as requests send them and as responses return them."""
 
 import base64
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 from t2i.pipelines.inputs import extract_luminance, extract_transparency
@@ -18,6 +20,7 @@ from t2i.data.reasons import RejectedSample
 MAX_UPLOAD_PIXELS = 16_000_000
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 READING = Reading(max_pixels=MAX_UPLOAD_PIXELS)
+DECODER = threading.Lock()  # a large image takes hundreds of megabytes while it is decoded: one at a time
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,24 @@ class GivenImage:
 
     pixels: Image.Image
     transparent: Image.Image | None
+
+
+class StoredImage(Image.Image):
+    """An image as its file, decoded when its pixels are first used, so that requests that wait hold files alone.
+
+    decoded: the image, of which mode and size are kept. decode: returns it again.
+    """
+
+    def __init__(self, decoded: Image.Image, decode: Callable[[], Image.Image | None]):
+        super().__init__()
+        self._mode, self._size, self.decode = decoded.mode, decoded.size, decode
+
+    def load(self) -> Any:
+        # It becomes the decoded image, as stubs of Pillow's own do, and lets go of the file
+        image = self.decode()
+        assert image is not None
+        self.__class__, self.__dict__ = image.__class__, image.__dict__
+        return image.load()
 
 
 def read_image(field: str, data: bytes) -> GivenImage:
@@ -61,7 +82,7 @@ def read_mask_values(data: bytes, mode: str) -> Image.Image | None:
 
 def decode_upload(field: str, data: bytes, convert: Convert) -> Image.Image:
     """Decode an uploaded image. Raises ApiError."""
-    with explain_rejection(field):
+    with DECODER, explain_rejection(field):
         return decode_image(data, READING, convert)
 
 

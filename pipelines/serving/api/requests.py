@@ -1,12 +1,13 @@
 """From the fields and files of a request to what is drawn: which task it is, and what goes with what."""
 
+from functools import partial
 from typing import Any
 
 from PIL import Image
 from t2i.pipelines.interpolation import build_mixing_weights
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
 from t2i.pipelines.serving.api.fields import FIELDS, choose_seed, collect_settings
-from t2i.pipelines.serving.api.images import read_mask_values
+from t2i.pipelines.serving.api.images import StoredImage, read_mask_values
 from t2i.pipelines.serving.api.uploads import Upload
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.tasks import MARGINS, TASKS
@@ -202,7 +203,7 @@ def read_mask(values: dict[str, Any], mask: Upload, image: Image.Image) -> Image
         part = "transparent" if mode == "alpha" else "white"
         how_much = "all" if painted.getextrema()[0] else "nothing"
         raise build_field_error("mask", f"mask paints where it is {part}, and {how_much} is {part}")
-    return painted
+    return StoredImage(painted, partial(read_mask_values, mask.data, mode))
 
 
 def check_known_model(values: dict[str, Any], names: list[str], aliases: dict[str, str]) -> str:

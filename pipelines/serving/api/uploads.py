@@ -1,13 +1,14 @@
-"""Uploads: the files of a form, and the turns in which their images are decoded."""
+"""Uploads: the files of a form, and the turns in which their images are checked."""
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from t2i.pipelines.serving.api.images import GivenImage, count_upload_pixels, read_image
-
-BYTES_PER_PIXEL = 4  # of decoded images, also of those in RGB
+from t2i.pipelines.serving.api.errors import build_size_error
+from t2i.pipelines.serving.api.images import GivenImage, StoredImage, count_upload_pixels, read_image
+from t2i.pipelines.serving.draw_request import BYTES_PER_PIXEL
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,21 @@ class Upload:
 
     @cached_property
     def image(self) -> GivenImage:
-        """The image, decoded once. Raises ApiError for what is no image."""
-        return read_image("image", self.data)
+        """The image: decoded here as a check, and again when its pixels are used. Raises ApiError."""
+        data, found = self.data, read_image("image", self.data)
+        pixels, mask = StoredImage(found.pixels, lambda: read_image("image", data).pixels), found.transparent
+        return GivenImage(pixels, mask and StoredImage(mask, lambda: read_image("image", data).transparent))
 
 
 class UploadReader:
-    """Decodes the images of requests: one image at a time, and those of one request of each key.
+    """Checks the images of requests by decoding them: one image at a time.
 
-    A large image takes hundreds of megabytes while it is decoded; and a key that sends many images does not keep the
-    others waiting for more than one of them.
+    A key that sends many images keeps the others waiting for one of them at a time; without keys, a request does.
+    max_bytes: of the decoded images of a request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self.image_turn = asyncio.Semaphore(1)
         self.key_turns: dict[str, asyncio.Semaphore] = {}
 
@@ -45,23 +49,22 @@ class UploadReader:
         images: list[Upload],
         mask: Upload | None,
         key: str,
-        hold: Callable[[int], object],
         finish: Callable[[], object],
     ) -> None:
-        """Decode images, and call `finish`, which decodes the mask; in threads.
+        """Check images, and call `finish`, which checks the mask; in threads.
 
-        hold: counts the memory of images before the first pixel is decoded, and then no longer that of files, which the
-        caller drops. Raises ApiError for what is no image, and as `hold` does.
+        Raises ApiError for what is no image, and before a pixel is decoded for images that are too large together.
         """
         uploads = [("image", upload) for upload in images] + ([] if mask is None else [("mask", mask)])
-        async with self.key_turns.setdefault(key, asyncio.Semaphore(1)):
-            hold(await asyncio.to_thread(count_decoded_bytes, uploads))
+        if await asyncio.to_thread(count_decoded_bytes, uploads) > self.max_bytes:
+            # It would never fit, however often it is sent again
+            raise build_size_error("the request with its decoded images", self.max_bytes)
+        async with self.key_turns.setdefault(key, asyncio.Semaphore(1)) if key else nullcontext():
             for upload in images:
                 async with self.image_turn:
                     await asyncio.to_thread(getattr, upload, "image")
             async with self.image_turn:
                 await asyncio.to_thread(finish)
-        hold(-sum(len(upload.data) for _, upload in uploads))
 
 
 def count_decoded_bytes(uploads: list[tuple[str, Upload]]) -> int:

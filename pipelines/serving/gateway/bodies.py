@@ -9,7 +9,7 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
-from t2i.pipelines.serving.api.errors import ApiError, build_field_error
+from t2i.pipelines.serving.api.errors import ApiError, build_field_error, build_size_error
 from t2i.pipelines.serving.gateway.limits import Limits
 
 # It logs every fault of a form, which clients get to know
@@ -189,9 +189,3 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ApiError(400, "invalid_form", f"{name[:60]} is not UTF-8 text", name[:60]) from error
-
-
-def build_size_error(what: str, most: int, field: str | None = None) -> ApiError:
-    """Return the error for something of too many bytes."""
-    unit, size = ("MB", most / 2**20) if most >= 2**20 else ("KB", most / 2**10)
-    return ApiError(413, "payload_too_large", f"{what} has more than {size:g} {unit}", field)

@@ -12,7 +12,7 @@ class Limits:
         json_bytes: of a JSON body, which holds no images; json_depth: of lists and objects inside each other.
         file_bytes: of one file of a form; files: of a form.
         fields: texts of a form; field_bytes: of one of them.
-        held_bytes: of bodies, until they are read, and of decoded images, until the answer; of all requests together.
+        held_bytes: of bodies, until the answer, of all requests together; and of the decoded images of those that draw.
         head_bytes: of a request's line and headers.
         head_seconds: from a connection, or a request's first byte, to the end of its headers.
         body_seconds: that a body may be late at any moment, behind body_pace, bytes a second; and of silence in it.

@@ -10,10 +10,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from t2i.pipelines.serving.admission import Draining
-from t2i.pipelines.serving.api.errors import ApiError
+from t2i.pipelines.serving.api.errors import ApiError, build_size_error
 from t2i.pipelines.serving.api.responses import explain_failure
 from t2i.pipelines.serving.gateway.access import Access
-from t2i.pipelines.serving.gateway.bodies import build_size_error
 from t2i.pipelines.serving.gateway.limits import Limits
 from t2i.pipelines.serving.gateway.log import CLIENT_GONE, LogEntry, choose_request_id
 from t2i.pipelines.serving.gateway.metrics import Metrics
@@ -49,7 +48,7 @@ class Gateway:
     ):
         self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
         self.is_draining, self.log_prompts = is_draining, log_prompts
-        self.held = 0  # bytes of bodies and images that requests hold now
+        self.held = 0  # bytes of bodies that requests hold now
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,7 +58,7 @@ class Gateway:
         try:
             await exchange.run()
         finally:
-            self.held -= exchange.held
+            self.held -= exchange.received
             entry, seconds = exchange.entry, time.monotonic() - exchange.entry.began
             entry.mark("send")
             entry.write(self.log_prompts)
@@ -75,9 +74,9 @@ class Exchange:
         request_id = choose_request_id(self.headers.get("x-request-id"))
         self.entry = LogEntry(request_id, scope["method"], name_route(scope["path"]))
         # The routes add what they know
-        scope.setdefault("state", {}).update(entry=self.entry, hold=self.hold)
+        scope.setdefault("state", {})["entry"] = self.entry
         self.body_until = time.monotonic() + gateway.limits.body_seconds
-        self.received = self.held = 0  # bytes of the body; of body and images
+        self.received = 0  # bytes of the body
         # Only a body has one of these
         self.is_complete = not {"content-length", "transfer-encoding"} & set(self.headers.keys())
         self.has_answered = self.has_ended = self.is_gone = False
@@ -151,28 +150,17 @@ class Exchange:
         """Count a part of the body. Raises ApiError beyond a limit."""
         limits, size = self.gateway.limits, len(message.get("body", b""))
         self.received += size
-        if self.received > limits.body_bytes:
-            raise build_size_error("the body", limits.body_bytes)
+        self.gateway.held += size
+        most = min(limits.body_bytes, limits.held_bytes)
+        if self.received > most:
+            raise build_size_error("the body", most)
+        if self.gateway.held > limits.held_bytes:
+            what = "requests hold too many images at the moment; try again later"
+            raise ApiError(503, "overloaded", what, headers={"retry-after": "5"})
         # Bytes win time, but none beyond body_seconds: many that came at once allow no longer silence than few
         latest = time.monotonic() + limits.body_seconds
         self.body_until = min(self.body_until + size / limits.body_pace, latest)
-        self.hold(size)
         self.is_complete = not message.get("more_body", False)
-
-    def hold(self, size: int) -> None:
-        """Count bytes that the request takes until its end, or until it returns them by a negative size.
-
-        Raises ApiError if it takes too many, or if all requests together do.
-        """
-        self.held += size
-        self.gateway.held += size
-        most = self.gateway.limits.held_bytes
-        if self.held > most:
-            # It would never fit, however often it is sent again
-            raise build_size_error("the request with its decoded images", most)
-        if size > 0 and self.gateway.held > most:
-            what = "requests hold too many images at the moment; try again later"
-            raise ApiError(503, "overloaded", what, headers={"retry-after": "5"})
 
     async def send(self, message: Message) -> None:
         """Send a part of the answer, with the headers of all answers."""

@@ -1,8 +1,9 @@
-"""Uploads over HTTP: bombs and counts are refused before a pixel is decoded, and keys take turns."""
+"""Uploads over HTTP: bombs and counts are refused before a pixel is decoded, keys take turns, files alone wait."""
 
 import asyncio
 import io
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from t2i.pipelines.serving.api import uploads
 from t2i.pipelines.serving.api.errors import ApiError
+from t2i.pipelines.serving.api.images import GivenImage, StoredImage
 from t2i.pipelines.serving.api.requests import plan_draw_request
 from t2i.pipelines.serving.api.uploads import Upload, UploadReader
 
@@ -126,22 +128,42 @@ def test_a_full_queue_is_noticed_before_an_image_is_decoded(monkeypatch):
     assert 1 <= int(refused.headers["retry-after"]) <= 60
 
 
-def test_a_key_that_sends_many_images_keeps_others_waiting_for_one(monkeypatch):
-    order, held = [], []
-    monkeypatch.setattr(uploads, "read_image", lambda field, data: order.append(data))
+@pytest.mark.parametrize("keys", [("ann", "ann", "bob"), ("", "", "")])
+def test_who_sends_many_images_keeps_others_waiting_for_one(monkeypatch, keys):
+    order = []
+
+    def read(field, data):
+        order.append(data)
+        return GivenImage(Image.new("RGB", (1, 1)), None)
+
+    monkeypatch.setattr(uploads, "read_image", read)
     monkeypatch.setattr(uploads, "count_upload_pixels", lambda field, data: 100)
 
     async def run() -> None:
-        reader = UploadReader()
-        requests = [("ann", 4), ("ann", 4), ("bob", 1)]
-        await asyncio.gather(
-            *(
-                reader.read([Upload("", key.encode()) for _ in range(count)], None, key, held.append, lambda: None)
-                for key, count in requests
-            )
-        )
+        reader, files = UploadReader(2000), [[b"first"] * 4, [b"second"] * 4, [b"third"]]
+        given = [[Upload("", data) for data in request] for request in files]
+        await asyncio.gather(*(reader.read(each, None, key, lambda: None) for each, key in zip(given, keys)))
 
     asyncio.run(run())
-    assert order.index(b"bob") <= 2 and len(order) == 9
-    # Pixels before, and no files after
-    assert sum(held) == 9 * 400 - 27 and held[0] == 1600
+    # Without keys every request takes turns
+    assert order.index(b"third") <= 2 and len(order) == 9
+    assert (b"second" in order[:2]) == (keys[1] == "")
+
+
+def test_requests_that_wait_hold_files_and_are_drawn_from_the_same_pixels():
+    drawer = GatedDrawer()
+    drawn, mask = Image.effect_noise((32, 32), 90).convert("RGB"), Image.new("RGBA", (32, 32))
+    mask.paste((0, 0, 0, 255), (0, 0, 8, 32))
+    api = build_paint_api(drawer, running=1)
+    with run_server(api) as server, ThreadPoolExecutor(2) as pool:
+        sent = [pool.submit(edit, server.port, encode_png(drawn), mask=encode_png(mask), prompt="a") for _ in range(2)]
+        while len(api.services["tiny"].jobs) < 2:
+            time.sleep(0.01)
+        waiting = [job.request for job in api.services["tiny"].jobs]
+        assert all(isinstance(image, StoredImage) for request in waiting for image in (request.image, request.mask))
+        assert {request.input_bytes for request in waiting} == {2 * 4 * 32 * 32}
+        drawer.opened.set()
+        assert [answer.result().status_code for answer in sent] == [200] * 2
+    for request in waiting:
+        assert request.image.tobytes() == drawn.tobytes() and type(request.image) is Image.Image
+        assert request.mask.crop((0, 0, 8, 32)).getextrema() == (0, 0) and request.mask.getpixel((8, 0)) == 255
