@@ -24,7 +24,7 @@ class PromptEncoding:
     prior: Any
     text_encoder: Any = None
     refuses_unknown_words = False  # of texts; if not, they are logged. See `t2i.pipelines.calls.unknown_words`
-    logs_texts = True  # False where the log must not have what people write
+    reports_texts = True  # False where the caller itself tells of unknown words and of texts that are cut
     _execution_device: torch.device
 
     @cached_property
@@ -49,7 +49,7 @@ class PromptEncoding:
             lacks = "no text encoder of its CLIP" if self.prior else "no prior and no text encoder of its CLIP"
             raise InputError(f"this model has {lacks}: it draws from images or image_embeds, not from texts")
         different, rows = find_unique_prompts(prompts)
-        for line in self.list_cut_texts(different) if self.logs_texts else []:
+        for line in self.list_cut_texts(different) if self.reports_texts else []:
             logger.warning("%s", line)
         # Encode
         self.offload_all_but("clip")

@@ -29,9 +29,11 @@ def report_unknown_words(pipeline: Any, texts: str | list[str]) -> list[UnknownW
 
     pipeline: a `PromptEncoding`, unless there are no texts. For a CLIP without the list of its captions' words, such
     as a public one, no word is unknown. Raises InputError for a word that is no keyword either, if the pipeline's
-    `refuses_unknown_words` is set.
+    `refuses_unknown_words` is set. No word is sought if its `reports_texts` is not.
     """
-    if not texts or not pipeline.clip.reads_captions or pipeline.clip.tokenizer.known_words is None:
+    if not texts or not pipeline.reports_texts:
+        return []
+    if not pipeline.clip.reads_captions or pipeline.clip.tokenizer.known_words is None:
         return []
     known, logged = pipeline.clip.tokenizer.known_words, pipeline.logged_texts
     found: dict[UnknownWord, None] = {}
@@ -41,7 +43,7 @@ def report_unknown_words(pipeline: Any, texts: str | list[str]) -> list[UnknownW
         unknown = [word for word in words if not word.is_keyword]
         if unknown and pipeline.refuses_unknown_words:
             raise InputError(f"prompt {text!r:.200}: {'. '.join(map(str, unknown))}")
-        if words and text not in logged and pipeline.logs_texts:
+        if words and text not in logged:
             if len(logged) >= MAX_LOGGED_TEXTS:
                 logged.clear()
             logged.add(text)

@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from t2i.pipelines.serving.admission import Draining, QueueFull
 from t2i.pipelines.serving.api.errors import ApiError, build_field_error
-from t2i.pipelines.serving.api.fields import ROUTES, collect_texts, list_fields, name_field, read_fields
+from t2i.pipelines.serving.api.fields import ROUTES, list_fields, name_field, read_fields
 from t2i.pipelines.serving.api.requests import add_images, check_known_model, plan_draw_request
 from t2i.pipelines.serving.api.responses import (
     Answer,
     check_each_text,
+    describe_unknown_words,
     explain_failure,
-    list_unknown_words,
 )
 from t2i.pipelines.serving.api.uploads import UploadReader
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
@@ -214,7 +214,7 @@ class ImagesApi:
         """Return what answers a request that is allowed."""
         facts: dict[str, Any] = {"model": service.name}
         facts |= {"safety_identifier": values["safety_identifier"]} if "safety_identifier" in values else {}
-        facts |= {"unknown_words": list_unknown_words(service.facts.known_words, collect_texts(values))}
+        facts |= {"unknown_words": describe_unknown_words(checked.unknown_words)}
         facts |= {"notes": [name_field(note)[1] for note in checked.notes]}
         address = self.access.public_url or str(request.base_url)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from PIL import Image
+from t2i.pipelines.calls.unknown_words import collect_texts
 from t2i.pipelines.jobs.records import Record
 from t2i.pipelines.memory_needed import count_fitting_pixels
 from torch import Generator
@@ -24,7 +25,7 @@ class ModelFacts:
         upsampler_factor: by which a pass of its upsampler multiplies the sides; 1 without an upsampler.
         max_pixels: of images that fit into memory at once.
         reads_texts: whether it draws for texts.
-        known_words: of the captions that it was trained on; None if they are not known.
+        known_words: of the captions that it was trained on; None if they are not known. is_strict: it refuses others.
         defaults: of fields of the API.
     """
 
@@ -35,6 +36,7 @@ class ModelFacts:
     reads_texts: bool = True
     known_words: KnownWords | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
+    is_strict: bool = False
 
     @classmethod
     def find(cls, pipeline: Any, processes: int) -> Self:
@@ -56,6 +58,7 @@ class ModelFacts:
             reads_texts,
             pipeline.clip.tokenizer.known_words if reads_texts else None,
             defaults,
+            pipeline.refuses_unknown_words,
         )
 
     def pack(self) -> dict[str, Any]:
@@ -121,6 +124,10 @@ class DrawRequest:
     def has_texts(self) -> bool:
         """True if there is a text among the inputs."""
         return any(isinstance(given, str) for given in self.inputs)
+
+    def list_texts(self) -> list[str]:
+        """Return the texts that the model reads, each once: those among the inputs, then those of settings."""
+        return list(dict.fromkeys(collect_texts({"anchors": self.inputs}) + collect_texts(self.settings)))
 
     @property
     def seeds(self) -> list[int]:

@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from PIL import Image
 from t2i.pipelines.calls.effects import list_idle_arguments
 from t2i.pipelines.calls.progress import Preview
-from t2i.pipelines.calls.unknown_words import collect_texts
 from t2i.pipelines.jobs.generation import DRAWING_COMPONENTS
 from t2i.pipelines.jobs.planning import ModelSource, add_shipped_upsampler, load_pipeline
 from t2i.pipelines.jobs.records import Record
@@ -20,6 +19,7 @@ from t2i.pipelines.text2image import Text2ImagePipeline
 
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_brief_fingerprint, format_scheduler_configs
+from t2i.files.known_words import UnknownWord
 from t2i.runtime.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,12 @@ class CheckedRequest:
     """Facts about a request that is allowed.
 
     notes: lines about settings that have no effect, which begin with their names, and about texts that are cut.
-    stages: the steps of its stages.
+    stages: the steps of its stages. unknown_words: of its texts, which the service finds.
     """
 
     notes: list[str]
     stages: dict[str, int]
+    unknown_words: list[UnknownWord] = field(default_factory=list)
 
 
 class EngineLost(RuntimeError):
@@ -97,22 +98,15 @@ class Drawer:
         self.engine.close()
 
     def check(self, request: DrawRequest) -> CheckedRequest:
-        """Check a request before it waits for its turn.
-
-        Raises InputError for settings that are not allowed, and for unknown words if the request is strict.
-        """
+        """Check a request before it waits for its turn. Raises InputError for settings that are not allowed."""
         if request.task == "upsample" and self.engine.pipeline.upsampler is None:
             raise InputError("upsample needs a model with an upsampler; this one has none")
         pipeline = self.engine.get_pipeline(TASKS[request.task].kind)
         task = self.plan(pipeline, request)
         task.check()
         notes, _ = list_idle_arguments(pipeline, task.inputs | request.settings, task.resolved)
-        texts = collect_texts(task.inputs | request.settings)
+        texts = request.list_texts()
         notes += pipeline.list_cut_texts(texts) if texts and pipeline.clip.reads_captions else []
-        if (request.strict or self.source.strict) and self.facts.known_words is not None:
-            found = self.facts.known_words.find_unknown_words(" ".join(texts))
-            if unknown := [word for word in found if not word.is_keyword]:
-                raise InputError(f"prompt has unknown words: {'. '.join(map(str, unknown))}")
         return CheckedRequest(notes, task.list_stages())
 
     def draw(self, request: DrawRequest, watch: Watch | None = None) -> list[DrawnImage]:
@@ -129,7 +123,7 @@ class Drawer:
     def plan(self, pipeline: Any, request: DrawRequest, **watch: Any) -> Task:
         """Return the task of a request for a pipeline."""
         # Texts are the clients', who are told in the response what else would be logged
-        pipeline.logs_texts = False
+        pipeline.reports_texts = False
         upsamples = request.task == "upsample" or bool(request.settings.get("upsample"))
         return TASKS[request.task](ServedModel(pipeline, *self.identities[upsamples]), request, **watch)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial, reduce
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
 from t2i.pipelines.serving.events import Event, EventFeed
 from t2i.pipelines.serving.pace import Pace
+
+from t2i.errors import InputError
 
 QUEUE_TICK_SECONDS = 0.5  # between two looks at the requests that wait
 CHECKING_THREADS = 4
@@ -111,7 +114,16 @@ class Service:
 
     async def check(self, request: DrawRequest) -> CheckedRequest:
         """Check a request before it waits. Raises InputError, and EngineLost while nothing can check it."""
-        return await asyncio.get_running_loop().run_in_executor(self.checking_threads, self.ask_drawers, request)
+        return await asyncio.get_running_loop().run_in_executor(self.checking_threads, self.check_now, request)
+
+    def check_now(self, request: DrawRequest) -> CheckedRequest:
+        """Return what a drawer says of a request, and the unknown words of its texts, which are sought here alone."""
+        checked, known = self.ask_drawers(request), self.facts.known_words
+        found = [] if known is None else known.find_unknown_words(*request.list_texts())
+        unknown = [word for word in found if not word.is_keyword]
+        if unknown and (request.strict or self.facts.is_strict):
+            raise InputError(f"prompt has unknown words: {'. '.join(map(str, unknown))}")
+        return replace(checked, unknown_words=found)
 
     def ask_drawers(self, request: DrawRequest) -> CheckedRequest:
         """Return what the first drawer that answers says of a request."""

@@ -102,7 +102,6 @@ EXTENSIONS: dict[str, Field] = {
 FIELDS = OPENAI_FIELDS | EXTENSIONS
 ROUTES = {"generations": "g", "edits": "e", "variations": "v", "upsamplings": "u"}  # of /v1/images
 PATHS = {f"/v1/images/{route}": letter for route, letter in ROUTES.items()} | {"/v1/texts": "t"}
-READ_TEXTS = ("prompt", "texts", "source", "target", "negative_prompt", "decoder_negative_prompt")  # by the model
 FILES = {"image": "evu", "mask": "e"}  # and the routes that take them
 # Names by which messages of pipelines begin, where they are not those of fields or settings
 OTHER_NAMES = {
@@ -151,12 +150,6 @@ def collect_settings(values: dict[str, Any]) -> dict[str, Any]:
     if size := values.get("size"):
         settings["width"], settings["height"] = size
     return settings
-
-
-def collect_texts(values: dict[str, Any]) -> list[str]:
-    """Return the texts among a request's values that the model reads."""
-    found = [values[name] for name in READ_TEXTS if name in values]
-    return [text for value in found for text in (value if isinstance(value, list) else [value])]
 
 
 def choose_seed(values: dict[str, Any]) -> int:

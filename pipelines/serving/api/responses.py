@@ -19,7 +19,7 @@ from t2i.pipelines.serving.events import Event
 from t2i.pipelines.serving.pace import Forecast
 
 from t2i.errors import InputError
-from t2i.files.known_words import KnownWords, split_words
+from t2i.files.known_words import KnownWords, UnknownWord, split_words
 from t2i.runtime.memory import is_out_of_memory
 from t2i.texts import wrap_text
 
@@ -120,20 +120,24 @@ class Answer:
         return {**event.data, "position": 0, "seconds_left": None if left is None else round(left, 2)}
 
 
-def list_unknown_words(known: KnownWords | None, texts: str | list[str]) -> list[dict[str, Any]]:
-    """Return the words of texts that a model never saw, as responses list them; none if its words are not known.
+def describe_unknown_words(words: list[UnknownWord]) -> list[dict[str, Any]]:
+    """Return words that a model never saw, as responses list them.
 
     near: a word that is spelled much like it; of a word in keywords alone, the caption whose keyword it is.
     """
     return [
         {"word": word.word, "near": [word.nearest] if word.nearest else [], "is_keyword": word.is_keyword}
-        for word in ([] if known is None else known.find_unknown_words(*wrap_text(texts)))
+        for word in words
     ]
 
 
 def check_each_text(known: KnownWords | None, texts: str | list[str]) -> list[dict[str, Any]]:
-    """Return each text with its unknown words. All are sought at once, so that many texts take no longer than one."""
-    found = {word["word"]: word for word in list_unknown_words(known, texts)}
+    """Return each text with its unknown words; none if those that the model knows are not known.
+
+    All are sought at once, so that many texts take no longer than one.
+    """
+    unknown = [] if known is None else known.find_unknown_words(*wrap_text(texts))
+    found = {word["word"]: word for word in describe_unknown_words(unknown)}
     checked = []
     for text in wrap_text(texts):
         words = dict.fromkeys(split_words(text))

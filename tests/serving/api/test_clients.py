@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 from PIL import ExifTags, Image
+
+from t2i.files.known_words import KnownWords
 
 SIDE = 32
 FEW = {"seed": 7, "steps": 3, "prior_steps": 2}
@@ -188,6 +191,19 @@ def test_unknown_words_are_told_and_refused_if_asked(client, caplog):
     assert [[word["word"] for word in text["unknown_words"]] for text in found["data"]] == [["zebra"], []]
     with pytest.raises(openai.BadRequestError, match="texts is missing"):
         client.post("/texts", body={}, cast_to=dict)
+
+
+def test_unknown_words_are_sought_once_a_request(client, service, monkeypatch):
+    sought, find = [], KnownWords.find_unknown_words
+    monkeypatch.setattr(KnownWords, "find_unknown_words", lambda *given: sought.append(given[1:]) or find(*given))
+    asked = FEW | {"negative_prompt": "blue zebra"}
+    answer = client.images.generate(prompt="a round cirkle", extra_body=asked)
+    assert [word["word"] for word in answer.unknown_words] == ["round", "cirkle", "zebra"]
+    assert sought == [("a round cirkle", "blue zebra")]
+    # By a model that is served with --strict
+    monkeypatch.setattr(service.drawer, "facts", replace(service.facts, is_strict=True))
+    with pytest.raises(openai.BadRequestError, match='unknown words: "cirkle"'):
+        client.images.generate(prompt="a round cirkle", extra_body=FEW)
 
 
 def test_settings_without_effect_are_told(client):
