@@ -142,8 +142,10 @@ class Service:
         pixels = request.count_pixels(self.drawer.facts)
         self.jobs.add(job)
         try:
-            start = partial(self.threads.submit, self.run, job)
-            job.ticket = self.admission.enter(request.count, key, pixels, request.input_bytes, start)
+            job.ticket = self.admission.enter(
+                *(request.count, key, pixels, request.input_bytes),
+                lambda ticket: self.threads.submit(self.run, job, ticket),
+            )
         except BaseException:
             self.jobs.discard(job)
             raise

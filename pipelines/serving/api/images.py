@@ -45,7 +45,7 @@ class StoredImage(Image.Image):
         # It becomes the decoded image, as stubs of Pillow's own do, and lets go of the file
         image = self.decode()
         assert image is not None
-        self.__class__, self.__dict__ = image.__class__, image.__dict__
+        self.__class__, self.__dict__ = image.__class__, image.__dict__  # type: ignore[assignment]
         return image.load()
 
 
