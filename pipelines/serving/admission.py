@@ -21,6 +21,10 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
+class KeyLimit(QueueFull):
+    """A request that is refused because too many images of its own key wait."""
+
+
 class Draining(RuntimeError):
     """A request that comes while the server shuts down."""
 
@@ -174,7 +178,7 @@ class Admission:
             raise QueueFull(f"{what}; try again later", self.estimate_wait(queued))
         if own + images > self.max_queued_per_key:
             what = f"{own} images of this key wait, and the queue takes {self.max_queued_per_key} of a key"
-            raise QueueFull(f"{what}; try again later", self.estimate_wait(own))
+            raise KeyLimit(f"{what}; try again later", self.estimate_wait(own))
 
     def withdraw(self, ticket: Ticket) -> bool:
         """Take a request out of the queue; return False if it does not wait there."""

@@ -1,7 +1,8 @@
 """Admission counts images: a bounded queue, turns of keys, and nothing lost when requests leave."""
 
 import pytest
-from t2i.pipelines.serving.admission import Admission, Draining, QueueFull, Ticket
+from t2i.pipelines.serving.admission import Admission, Draining, KeyLimit, QueueFull, Ticket
+from t2i.pipelines.serving.api.responses import explain_failure
 from t2i.pipelines.serving.store import ImageStore
 
 
@@ -92,8 +93,9 @@ def test_keys_take_turns():
     admission = Admission(max_running=1, max_queued=16, max_queued_per_key=3)
     running = admission.enter(1, "a")
     waiting = {name: admission.enter(1, name[0]) for name in ("a1", "a2", "a3", "b1", "c1")}
-    with pytest.raises(QueueFull, match="of this key"):
+    with pytest.raises(KeyLimit, match="of this key") as caught:
         admission.enter(1, "a")
+    assert explain_failure(caught.value).code == "key_limit"
     order = []
     while waiting:
         admission.leave(running)

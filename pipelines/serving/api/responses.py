@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 from t2i.pipelines.memory_needed import BatchTooLargeError
-from t2i.pipelines.serving.admission import Draining, QueueFull
+from t2i.pipelines.serving.admission import Draining, KeyLimit, QueueFull
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.fields import name_field
 from t2i.pipelines.serving.api.images import MEDIA_TYPES, encode_base64, encode_image
@@ -151,7 +151,8 @@ def explain_failure(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QueueFull):
         seconds = min(MAX_RETRY_SECONDS, max(1, ceil(error.retry_after)))
-        return ApiError(429, "queue_full", str(error), headers={"retry-after": str(seconds)})
+        code = "key_limit" if isinstance(error, KeyLimit) else "queue_full"
+        return ApiError(429, code, str(error), headers={"retry-after": str(seconds)})
     if isinstance(error, Draining):
         # Another server, or this one after its start, can draw it
         return ApiError(503, "shutting_down", str(error), headers={"x-should-retry": "true", "retry-after": "1"})

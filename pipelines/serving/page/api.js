@@ -129,7 +129,7 @@ async function takeTurn(signal, run) {
 
 /**
  * Draw, and report what happens: onEvent(kind, data) with
- *   "waiting" {seconds}            the server is busy: the request is sent again then
+ *   "waiting" {text}               the server is busy: the request is sent again after a while, as the text says
  *   "progress" {stage, step, steps, ...}
  *   "preview" {index, blob}        an estimate of image `index` of the request
  *   "image" {index, blob, seed, notes}  the image, and what the server notes about the request
@@ -144,7 +144,7 @@ export async function draw(request, { signal, onEvent, taken }) {
     const response = await send(`v1/images/${request.route}`, { ...buildBody(request, fields), method: "POST", signal });
     return readEvents(response, onEvent);
   };
-  const waits = { sleep: (seconds) => sleep(seconds, signal), onWait: (seconds) => onEvent("waiting", { seconds }) };
+  const waits = { sleep: (seconds) => sleep(seconds, signal), onWait: (text) => onEvent("waiting", { text }) };
   return takeTurn(signal, () => retryWhileBusy(run, waits));
 }
 

@@ -153,7 +153,7 @@ class CardView {
 
   showProgress(number, kind, data) {
     if (kind === "waiting") {
-      this.showText(`The server is busy. Asking again in ${Math.ceil(data.seconds)} s`);
+      this.showText(data.text);
       return;
     }
     const { stage, step = 0, steps = 1 } = data;

@@ -175,10 +175,9 @@ function waitForServer(signal) {
 
 /** Return the descriptions of the server's models; waits for a server that does not answer, or is busy. */
 async function readModels() {
-  const onWait = (seconds) => showBanner(`The server is busy. Asking again in ${Math.ceil(seconds)} s`);
   for (;;) {
     try {
-      return (await retryWhileBusy(() => api.read("v1/models"), { sleep: api.sleep, onWait })).data;
+      return (await retryWhileBusy(() => api.read("v1/models"), { sleep: api.sleep, onWait: showBanner })).data;
     } catch (error) {
       if (!(error instanceof api.LostServer)) throw error;
       await waitForServer();

@@ -32,14 +32,20 @@ export function planWait(error, { waited, tries }) {
   return seconds;
 }
 
-/** Return what a function returns, which is called again while a busy server refuses. onWait: called with the seconds of each wait. */
+/** Return what a person is told of a wait. error: the refusal; a key may have a limit of its own, of which others know nothing. */
+export function describeWait(seconds, error) {
+  const reason = error.code === "key_limit" ? "As many of your images wait as your key may have" : "The server is busy";
+  return `${reason}. Asking again in ${Math.ceil(seconds)} s`;
+}
+
+/** Return what a function returns, which is called again while a busy server refuses. onWait: called with the words for each wait. */
 export async function retryWhileBusy(run, { sleep, onWait = () => {} }) {
   for (let waited = 0, tries = 0; ; tries += 1) {
     try {
       return await run();
     } catch (error) {
       const seconds = planWait(error, { waited, tries });
-      onWait(seconds);
+      onWait(describeWait(seconds, error));
       await sleep(seconds);
       waited += seconds;
     }

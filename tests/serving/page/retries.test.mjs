@@ -10,13 +10,15 @@ const refuse = (status, given) => new ApiError(status, { error: { message: "no" 
 
 /** Return the waits before a server has room after some refusals, and what came of it. */
 async function watchWaits(errors) {
-  const waits = [];
+  const waits = [], told = [];
   const run = async () => {
     if (errors.length) throw errors.shift();
     return "drawn";
   };
-  const end = await retryWhileBusy(run, { sleep: async (seconds) => waits.push(seconds) }).catch((error) => error);
-  return { waits, end };
+  const end = await retryWhileBusy(run, { sleep: async (seconds) => waits.push(seconds), onWait: (text) => told.push(text) }).catch(
+    (error) => error,
+  );
+  return { waits, end, told };
 }
 
 test("Retry-After is read as seconds or a date", () => {
@@ -32,6 +34,12 @@ test("the page waits as long as the server says, else longer each time", async (
   assert.equal(end, "drawn");
 });
 
+test("a person is told whether the server is busy or their own key is at its limit", async () => {
+  const atLimit = new ApiError(429, { error: { message: "no", code: "key_limit" } }, { retryAfter: 3 });
+  const { told } = await watchWaits([refuse(429, { retryAfter: 1.2 }), atLimit]);
+  assert.deepEqual(told, ["The server is busy. Asking again in 2 s", "As many of your images wait as your key may have. Asking again in 3 s"]);
+});
+
 test("a server that stays busy is asked no longer than the limit", async () => {
   const { waits, end } = await watchWaits(Array.from({ length: 1000 }, () => refuse(503, { retryAfter: 5 })));
   assert.equal(waits.length, MAX_WAIT_SECONDS / 5);
@@ -42,6 +50,6 @@ test("a server that stays busy is asked no longer than the limit", async () => {
 
 test("other errors are final at once", async () => {
   for (const error of [refuse(413), refuse(500), refuse(503, { isFinal: true }), new DOMException("", "AbortError")]) {
-    assert.deepEqual(await watchWaits([error]), { waits: [], end: error });
+    assert.deepEqual(await watchWaits([error]), { waits: [], end: error, told: [] });
   }
 });
