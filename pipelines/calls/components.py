@@ -15,6 +15,7 @@ from t2i.pipelines.folder import COMPONENT_CLASSES, SCHEDULED_MODELS, check_pair
 import t2i
 from t2i.diffusion.samplers import remember_training
 from t2i.errors import InputError
+from t2i.files.model_folder import hide_origins
 from t2i.files.untrusted import DIFFUSERS_CODE
 
 CODE_TEMPLATE = """\
@@ -68,6 +69,11 @@ class CheckedPipeline(DiskOffloading):
             scheduler = f"{model}_scheduler"
             if model not in given and scheduler not in given:
                 remember_training(getattr(self, model, None), getattr(self, scheduler, None))
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """Save the pipeline as diffusers does, without the paths that its components were loaded from."""
+        with hide_origins(self, *self.components.values()):
+            super().save_pretrained(save_directory, *arguments, **options)
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """Write the index, and beside it the code by which diffusers' `DiffusionPipeline` finds this class."""

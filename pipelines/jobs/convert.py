@@ -9,6 +9,7 @@ from t2i.pipelines.text2image import Text2ImagePipeline
 from t2i.checks import check_folder_name
 from t2i.errors import InputError
 from t2i.files.atomic import create_folder_atomically
+from t2i.files.model_folder import hide_origins
 from t2i.files.untrusted import is_folder
 from t2i.interop.by_name import load_any_prior, load_own_prior, load_pipeline_clip
 from t2i.interop.export import check_exportable_components, export_layout
@@ -113,7 +114,7 @@ def convert_prior(folder: SourceFolder, out: Path, to: str, clip: str | None, dt
     scheduler = components.get("prior_scheduler")
     if isinstance(components["prior"], Prior) and scheduler is None:
         raise InputError(f"no folder 'scheduler' beside the prior {name!r}; convert its pipeline, or add the folder")
-    with create_folder_atomically(out) as unfinished:
+    with create_folder_atomically(out) as unfinished, hide_origins(components["prior"]):
         components["prior"].save_pretrained(unfinished)
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")

@@ -1,11 +1,13 @@
 """Save and load this project's models in folders of their own, such as a training run's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from torch.nn import Module
 
 from t2i.errors import InputError
@@ -14,6 +16,8 @@ from t2i.files.component import Component
 from t2i.files.untrusted import check_finite_weights, format_error, is_folder, read_json
 
 Loaded = TypeVar("Loaded")
+
+ORIGIN = "_name_or_path"  # where a model was loaded from, as diffusers has it in configurations
 
 
 class CompanionFiles:
@@ -25,8 +29,22 @@ class CompanionFiles:
 
 def save_model_folder(model: Any, folder: Path, name: str = "model") -> None:
     """Save a diffusers model or scheduler as `folder/name`, complete or not at all, replacing an older one."""
-    with create_folder_atomically(folder / name) as unfinished, raise_as_oserror():
+    with create_folder_atomically(folder / name) as unfinished, raise_as_oserror(), hide_origins(model):
         model.save_pretrained(unfinished)
+
+
+@contextmanager
+def hide_origins(*parts: Any) -> Iterator[None]:
+    """Take out of configurations where their parts were loaded from, so that no file has paths of this machine."""
+    loaded = [part for part in parts if isinstance(part, ConfigMixin) and ORIGIN in part.config]
+    origins = [part.config[ORIGIN] for part in loaded]
+    for part in loaded:
+        part._internal_dict = FrozenDict({name: value for name, value in part.config.items() if name != ORIGIN})
+    try:
+        yield
+    finally:
+        for part, origin in zip(loaded, origins):
+            part.register_to_config(**{ORIGIN: origin})
 
 
 def load_model(classes: Any, folder: str | Path) -> Any:
@@ -66,7 +84,7 @@ def load_component_model(model_class: Any, component: Component, dtype: torch.dt
         model = model_class.from_config(component.config)
     model.load_state_dict(dict(component.iterate_tensors(dtype)), assign=True)
     Module.to(model, dtype)  # for buffers that no file holds; diffusers' own `to` warns, whatever the model
-    model.register_to_config(_name_or_path=str(component.folder))
+    model.register_to_config(**{ORIGIN: str(component.folder)})
     if isinstance(model, CompanionFiles):
         model.load_companion_files(component.folder, component.root or component.folder)
     return model.eval()

@@ -18,6 +18,7 @@ from t2i.pipelines.jobs.convert import convert_folder
 
 from t2i.diffusion.samplers import build_sampler
 from t2i.diffusion.stored_schedulers import PROJECT_SCHEDULERS
+from t2i.files.model_folder import save_model_folder
 from t2i.interop.folders import OLD_MODULES
 from t2i.networks.upsampler import Upsampler
 from tests.helpers.kandinsky_folders import kandinsky_21_combined, kandinsky_22_decoder, kandinsky_22_prior
@@ -116,6 +117,21 @@ def test_each_file_of_our_own_folder_is_read_at_most_twice(pipeline_folder: Path
     names = {path.relative_to(pipeline_folder).as_posix() for path in counts}
     assert {"model_index.json", "clip/config.json", "decoder_scheduler/scheduler_config.json"} <= names
     assert max(counts.values()) <= 2, counts
+
+
+def test_saved_folders_do_not_tell_where_their_parts_were_loaded_from(pipeline_folder: Path, tmp_path: Path) -> None:
+    pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder)
+    origins = [part.config["_name_or_path"] for part in (pipeline, pipeline.prior)]
+    assert all(str(pipeline_folder) in str(origin) for origin in origins)
+    pipeline.save_pretrained(tmp_path / "copy")
+    save_model_folder(pipeline.prior, tmp_path / "run")
+    found = [path for path in tmp_path.rglob("*.json") if "_name_or_path" in path.read_text()]
+    assert found == [] and (tmp_path / "run/model/config.json").exists()
+    # In memory they know it, and what saving notes is kept
+    assert origins == [part.config["_name_or_path"] for part in (pipeline, pipeline.prior)]
+    assert (
+        pipeline.clip.config.fingerprint == json.loads((tmp_path / "copy/clip/config.json").read_text())["fingerprint"]
+    )
 
 
 def test_each_file_of_a_public_model_in_two_folders_is_read_at_most_twice() -> None:
