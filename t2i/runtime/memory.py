@@ -202,20 +202,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
-def run_in_halves(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+def run_in_halves(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """Return what a function makes of rows, of each by itself; where memory is short, of half of them at a time.
 
-    Raises what the function raises, also if memory does not suffice for one row.
+    rows: the function's arguments, tensors of equally many rows. Raises what the function raises, also if memory does
+    not suffice for one row.
     """
     try:
-        return function(rows)
+        return function(*rows)
     except (RuntimeError, MemoryError) as error:
-        if len(rows) < 2 or not is_out_of_memory(error):
+        if len(rows[0]) < 2 or not is_out_of_memory(error):
             raise
-        logger.warning("%d images do not fit into memory at once: %s", len(rows), error)
+        logger.warning("%d images do not fit into memory at once: %s", len(rows[0]), error)
     # Here the error, which keeps what the function allocated, is gone
     release_freed_memory()
-    return torch.cat([run_in_halves(function, part) for part in rows.chunk(2)])
+    return torch.cat([run_in_halves(function, *parts) for parts in zip(*(part.chunk(2) for part in rows))])
 
 
 def format_needed_memory(message: str) -> str:

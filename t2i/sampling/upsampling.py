@@ -21,8 +21,15 @@ from t2i.diffusion.sampling_loop import (
 from t2i.diffusion.windows import Window, build_windowed_predict
 from t2i.errors import InputError
 from t2i.limits import MAX_PIXELS
-from t2i.networks.upsampler import LowResolution, Upsampler, augment_low_resolution, enlarge_low_resolution
+from t2i.networks.upsampler import (
+    LowResolution,
+    Upsampler,
+    UpsamplerContext,
+    augment_low_resolution,
+    enlarge_low_resolution,
+)
 from t2i.runtime.hooks import find_compute_device
+from t2i.runtime.memory import run_in_halves
 
 DEFAULT_TILE_SIZE = 512  # pixels of the high resolution
 MAX_ENLARGEMENTS = 8  # times that an image passes through the upsampler
@@ -75,8 +82,11 @@ def sample_upsampler(
     context = upsampler.prepare(condition.to(device, dtype))
 
     def predict_window(window: Window, x: Tensor, t: Tensor) -> Tensor:
+        def predict_rows(x: Tensor, *rows: Tensor) -> Tensor:
+            return upsampler.step(x.to(dtype), t.expand(len(x)), UpsamplerContext(*rows)).to(x.dtype)
+
         part = context.crop_window(window.rows, window.columns)
-        return upsampler.step(x.to(dtype), t.expand(len(x)), part).to(x.dtype)
+        return run_in_halves(predict_rows, x, part.low, part.embedding)
 
     # Start from the resized low resolution, noised to the first timestep
     set_timesteps(scheduler, sampling, device)

@@ -338,6 +338,15 @@ def test_a_picture_of_the_cascade_does_not_depend_on_its_batch(tmp_path: Path) -
     # Early steps divide by next to nothing, which enlarges the last bit; another noise would differ by about 1.
     torch.testing.assert_close(both[1:], alone, atol=2e-2, rtol=0)
     assert cascade.encode(cascade.decode(small)).shape == small.shape
+    # Nor on the memory, which may suffice for one of them at a time
+    cascade.nets[0].register_forward_pre_hook(fail_for_several)
+    divided = cascade.draw_images(small, Sampling(3, [torch.Generator().manual_seed(seed) for seed in (1, 2)]))
+    torch.testing.assert_close(divided, both, atol=2e-2, rtol=0)
+
+
+def fail_for_several(module: Any, arguments: tuple) -> None:
+    if len(arguments[0]) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
 
 def test_weights_that_are_only_there_while_they_are_needed_change_nothing(tmp_path: Path) -> None:

@@ -137,6 +137,21 @@ def test_super_resolution_in_one_step_takes_the_network_of_the_last_alone():
     assert seen == ["super_res_last"]
 
 
+def test_large_pictures_that_do_not_fit_into_memory_at_once_are_drawn_one_by_one():
+    low, model, sizes = noise(3, 3, 8, 8).clamp(-1, 1), our_super_resolution(karlo()), []
+    together = model.draw_images(low, Sampling(2, seeds(1, 2, 3)))
+
+    def run_out_of_memory(module, arguments):
+        sizes.append(len(arguments[0]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    for network in (model.super_res_first, model.super_res_last):
+        network.time_embedding.register_forward_pre_hook(run_out_of_memory)
+    torch.testing.assert_close(model.draw_images(low, Sampling(2, seeds(1, 2, 3))), together, **CLOSE)
+    assert sizes == 2 * [3, 2, 1, 1, 1]
+
+
 def test_a_large_picture_does_not_depend_on_the_others_of_its_batch():
     low, model = noise(2, 3, 8, 8).clamp(-1, 1), our_super_resolution(karlo())
     both = model.draw_images(low, Sampling(3, seeds(1, 2)))

@@ -1,5 +1,6 @@
 """The engine: requests in threads share calls of the networks, and each draws what it draws alone."""
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Generator, Tensor
 
 from t2i.diffusion.guidance import Guidance
 from t2i.sampling.steering import Steering
+from tests.helpers.pipelines import tiny_upsampler  # noqa: F401
 
 Draw = Callable[[Text2ImagePipeline], Tensor]
 
@@ -181,6 +183,18 @@ def test_a_call_of_one_request_is_halved_too(pipeline):
     # The prior's 12 candidates are more than a batch; the decoder's 6 rows are what does not fit
     assert max(of_prior) <= 8 and len(of_prior) > 4
     assert max(of_decoder) == 6 and {1, 2} & set(of_decoder)
+
+
+def test_the_steps_of_an_upsampler_are_halved_too(pipeline, tiny_upsampler):  # noqa: F811
+    upsampler, scheduler = copy.deepcopy(tiny_upsampler)
+    pipeline = Text2ImagePipeline.from_pipe(pipeline, upsampler=upsampler, upsampler_scheduler=scheduler)
+    draw = draw_text("many", 0, num_images_per_prompt=3, upsample=1)
+    alone = draw(pipeline)
+    with StepEngine(pipeline) as engine:
+        sizes = limit_rows(engine, "upsampler", 1)
+        (found,) = draw_together(engine, [draw])
+    assert isinstance(found, Tensor) and (found - alone).abs().max() < 1e-4
+    assert sizes[:5] == [3, 2, 1, 1, 1] and set(sizes) == {1, 2, 3}
 
 
 def test_a_request_that_needs_too_much_memory_for_one_row_fails(engine):

@@ -19,6 +19,7 @@ from t2i.networks.dalle2.unet import Unet
 from t2i.networks.decoder import build_null_embeds
 from t2i.networks.upsampler import reduce_to_low_resolution
 from t2i.runtime.hooks import run_like_forward
+from t2i.runtime.memory import run_in_halves
 
 
 @dataclass
@@ -212,14 +213,16 @@ class DALLE2Cascade(ModelMixin, ConfigMixin):
 
     def build_unet_predict(self, net: nn.Module, low: Tensor, level: int | None, generators: list[Generator]) -> Any:
         """Return the `Predict` of a U-Net. low: (N, 3, H, W), enlarged images. level: timestep to noise them to."""
-        levels = None
-        if level is not None:
-            levels = torch.full((len(low),), level, device=low.device)
+        levels = None if level is None else torch.full((len(low),), level, device=low.device)
+        if levels is not None:
             low = self.noising.add_noise(low, generate_noise(low.shape[1:], generators, low.device), levels)
         low = low.to(self.dtype)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            return net(x.to(self.dtype), t.expand(len(x)), low=low, level=levels).to(x.dtype)
+            def predict_rows(x: Tensor, low: Tensor, levels: Tensor | None = None) -> Tensor:
+                return net(x.to(self.dtype), t.expand(len(x)), low=low, level=levels).to(x.dtype)
+
+            return run_in_halves(predict_rows, x, low, *([] if levels is None else [levels]))
 
         return predict
 

@@ -20,6 +20,7 @@ from t2i.networks.linear import use_onednn_linear
 from t2i.networks.unet_steps import prepare_unconditional_context, run_unet_step
 from t2i.networks.upsampler import reduce_to_low_resolution
 from t2i.runtime.hooks import run_like_forward
+from t2i.runtime.memory import run_in_halves
 
 
 class SuperResolution(ModelMixin, ConfigMixin):
@@ -104,10 +105,14 @@ class SuperResolution(ModelMixin, ConfigMixin):
             timesteps = self.scheduler.timesteps
             is_last = bool(t == timesteps[timesteps >= 0][-1])
             network, context = networks[is_last], contexts[is_last]
-            both = torch.cat([x, low], dim=1).to(dtype)
-            if context is None:
-                return network(both, t).sample.to(x.dtype)
-            return run_unet_step(network, both, t.expand(len(both)), context).to(x.dtype)
+
+            def predict_rows(x: Tensor, low: Tensor) -> Tensor:
+                both = torch.cat([x, low], dim=1).to(dtype)
+                if context is None:
+                    return network(both, t).sample.to(x.dtype)
+                return run_unet_step(network, both, t.expand(len(both)), context).to(x.dtype)
+
+            return run_in_halves(predict_rows, x, low)
 
         return sample_from_noise(predict, self.scheduler, noise, sampling).clamp(-1, 1)
 
