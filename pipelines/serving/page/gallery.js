@@ -3,7 +3,7 @@
 import { ApiError, draw, LostServer } from "./api.js";
 import { h, iconButton, newId, say, toast } from "./dom.js";
 import { createItem, findCard, findItem, findItems, putBack, readCards, removeItems, saveDrawing } from "./history.js";
-import { Slot, buildPath } from "./pictures.js";
+import { Slot, buildPath, findSteps } from "./pictures.js";
 import { readRecord } from "./png.js";
 import { BusyServer, PASSING_CODES } from "./retries.js";
 
@@ -40,8 +40,7 @@ class CardView {
   }
 
   async showPath() {
-    const parents = await findItems(this.card.parents);
-    const path = await buildPath(parents, this.app);
+    const path = buildPath(await findSteps(await findItems(this.card.parents)), this.app);
     if (path) this.head.querySelector(".card-names").prepend(path);
   }
 

@@ -15,10 +15,14 @@ export function buildThumbnail(item, app) {
   return h("button", { class: "thumbnail", type: "button", "aria-label": `Open the image: ${nameImage(item)}`, onclick: () => app.view(item) }, h("img", { src: item.url, alt: "", loading: "lazy" }));
 }
 
-/** Return the path of ancestors to some parents, oldest first, as thumbnails; null if there are none. */
-export async function buildPath(parents, app) {
-  if (!parents.length) return null;
-  const steps = [...(await findPath(parents[0])), parents];
+/** Return the steps of the path to images that are drawn from some parents, the oldest first; none without parents. */
+export async function findSteps(parents) {
+  return parents.length ? [...(await findPath(parents[0])), parents] : [];
+}
+
+/** Return a path as thumbnails; null without steps. */
+export function buildPath(steps, app) {
+  if (!steps.length) return null;
   const list = h("ol", { class: "path", "aria-label": "Drawn from" });
   for (const step of steps) list.append(h("li", {}, step.map((item) => buildThumbnail(item, app)), icon("next")));
   return list;

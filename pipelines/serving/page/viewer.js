@@ -3,7 +3,7 @@
 
 import { h, icon, iconButton, openView } from "./dom.js";
 import { findChildren, findItems, readItems } from "./history.js";
-import { buildPath, buildThumbnail, nameImage } from "./pictures.js";
+import { buildPath, buildThumbnail, findSteps, nameImage } from "./pictures.js";
 
 const RECORD_LABELS = {
   seed: "Seed",
@@ -27,7 +27,7 @@ const RECORD_LABELS = {
 
 /** Open the large view of an item. Arrow keys lead to the next image of the gallery. */
 export function openViewer(first, app) {
-  const view = openView("", { kind: "viewer" });
+  const view = openView(first.prompt || "Image", { kind: "viewer" });
   let item = first;
   const neighbours = () => [...new Set([...document.querySelectorAll(".picture[data-item]")].map((element) => element.dataset.item))];
   const move = async (by) => {
@@ -36,9 +36,11 @@ export function openViewer(first, app) {
     const [next] = await findItems(ids.slice(Math.max(0, at), at + 1));
     if (next) show(next);
   };
-  const show = (next) => {
+  const show = async (next) => {
     item = next;
-    fill(view, item, app, move);
+    const content = await readContent(next);
+    // Another one may have been asked for meanwhile
+    if (item === next) fill(view, content, app, { move, show });
   };
   view.dialog.addEventListener("keydown", (event) => {
     if (event.target.closest("[role=menu], input, textarea") || event.altKey || event.ctrlKey || event.metaKey) return;
@@ -54,6 +56,13 @@ export function openViewer(first, app) {
   show(first);
 }
 
+/** Return what the view shows of an item: {item, steps, children}. steps: of the path to it, the oldest first. */
+async function readContent(item) {
+  const steps = await findSteps(await findItems(item.parents));
+  const children = (await Promise.all(findChildren(item).map((card) => findItems(card.items)))).flat();
+  return { item, steps, children };
+}
+
 /** Return the action of a key, if it is possible for an item, and the key is not turned off. */
 export const findAction = (app, key, item) => (app.takesKey(key) ? Object.values(app.actions).find((action) => action.key === key && action.isPossible(item)) : undefined);
 
@@ -67,9 +76,9 @@ function run(view, action, item, refresh) {
   }
 }
 
-async function fill(view, item, app, move) {
+function fill(view, { item, steps, children }, app, { move, show }) {
   view.setTitle(item.prompt || "Image");
-  const refresh = () => fill(view, item, app, move);
+  const go = { ...app, view: show };
   const image = h("img", { src: item.url, alt: item.prompt || "Image without words", width: item.width, height: item.height });
   const stage = h("div", { class: "viewer-stage" }, iconButton("previous", "Previous image", () => move(-1), { class: "turn" }), image, iconButton("next", "Next image", () => move(1), { class: "turn" }));
 
@@ -77,13 +86,11 @@ async function fill(view, item, app, move) {
   for (const [name, action] of Object.entries(app.actions)) {
     if (!action.isPossible(item)) continue;
     const pressed = name === "star" ? item.starred : undefined;
-    const given = { class: `button row ${name}`, type: "button", title: `${action.hint} (${action.key})`, onclick: () => run(view, action, item, refresh) };
+    const given = { class: `button row ${name}`, type: "button", title: `${action.hint} (${action.key})`, onclick: () => run(view, action, item, () => show(item)) };
     actions.append(h("button", { ...given, ...(pressed === undefined ? {} : { "aria-pressed": String(pressed) }) }, icon(action.icon), h("span", {}, action.label)));
   }
 
-  const path = await buildPath(await findItems(item.parents), { ...app, view: (next) => fill(view, next, app, move) });
-  const children = (await Promise.all(findChildren(item).map((card) => findItems(card.items)))).flat();
-  const go = { ...app, view: (next) => fill(view, next, app, move) };
+  const path = buildPath(steps, go);
   const side = h(
     "div",
     { class: "side" },

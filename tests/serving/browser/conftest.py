@@ -61,7 +61,7 @@ class Visit:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
         self.page.goto(f"{self.address}ready")  # for storage of this origin
-        self.open(**FEW_STEPS)
+        self.keep_settings(**FEW_STEPS)
 
     def check_request(self, route: Any) -> None:
         if route.request.url.startswith(self.address):
@@ -72,9 +72,12 @@ class Visit:
     def open(self, **settings: Any) -> None:
         """Load the page, with settings that a person made before if some are given; wait until it is ready to draw."""
         if settings:
-            self.page.evaluate("(text) => localStorage.setItem('t2i.settings', text)", json.dumps(settings))
+            self.keep_settings(**settings)
         self.page.goto(self.address)
         self.page.locator("#model-name:not(:empty)").wait_for()
+
+    def keep_settings(self, **settings: Any) -> None:
+        self.page.evaluate("(text) => localStorage.setItem('t2i.settings', text)", json.dumps(settings))
 
     def draw(self, prompt: str) -> None:
         """Draw what a prompt says, and wait for the four images."""
@@ -109,6 +112,7 @@ class Visit:
 def visit(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Visit]:
     """A visit to the page. A parameter gives options of the browser's window, such as its size."""
     visit = Visit(browser, address, **getattr(request, "param", {}))
+    visit.open()
     yield visit
     visit.context.close()
     assert visit.foreign == []

@@ -5,6 +5,7 @@ import io
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 SIDE = 128  # of the model's images
@@ -46,7 +47,7 @@ def add_image(page: Any, image: Image.Image, name: str = "noise.png") -> Any:
     with page.expect_file_chooser() as chooser:
         page.click("#attach")
     chooser.value.set_files([{"name": name, "mimeType": "image/png", "buffer": encode(image)}])
-    page.get_by_role("heading", name=name).wait_for()
+    page.locator(".card", has=page.get_by_role("heading", name=name)).locator(".picture[data-item]").wait_for()
     return page.locator(".card").first.locator(".picture")
 
 
@@ -60,14 +61,15 @@ def wait_for_card(page: Any, title: str) -> list[Image.Image]:
 def read_images(card: Any) -> list[Image.Image]:
     """Return the images of a card, with all their pixels."""
     found = card.locator(".picture-open img").evaluate_all(
-        """images => Promise.all(images.map(image => new Promise((resolve, reject) => {
+        """images => Promise.all(images.map(async (image) => {
+            await image.decode();
             const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
             const context = canvas.getContext("2d");
             context.drawImage(image, 0, 0);
             const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
             const text = Array.from(pixels, (byte) => String.fromCharCode(byte)).join("");
-            resolve([canvas.width, canvas.height, btoa(text)]);
-        })))"""
+            return [canvas.width, canvas.height, btoa(text)];
+        }))"""
     )
     return [Image.frombytes("RGBA", (w, h), base64.b64decode(text)).convert("RGB") for w, h, text in found]
 
@@ -107,3 +109,10 @@ def touch_line(page: Any, points: list[tuple[float, float]], second: tuple[float
         send("touchStart", [points[-1], second])
     send("touchEnd", [])
     session.detach()
+
+
+def list_violations(page: Any, **context: Any) -> list[tuple[str, list[str]]]:
+    """Return what axe finds to be inaccessible: the rules, and the elements that break them."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
+    found = axe.run(page, **context).response["violations"]
+    return [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]

@@ -4,22 +4,29 @@ import io
 import json
 import zipfile
 
-import pytest
 from PIL import Image, ImageChops
 
 from tests.serving.browser.helpers import add_image, build_image, open_tool
 
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-DARK = {"color_scheme": "dark"}
-
 
 def test_a_prompt_gives_four_images_with_previews_and_the_seeds_count_up(visit):
     visit.open(steps=6, prior_steps=2, candidates=1)
+    # They are there for moments
+    visit.page.evaluate(
+        """() => {
+          const seen = (window.seen = { previews: 0, progress: 0 });
+          const look = () => {
+            seen.previews = Math.max(seen.previews, document.querySelectorAll("img.preview").length);
+            seen.progress += document.querySelectorAll("[role=progressbar][aria-valuenow]").length;
+          };
+          new MutationObserver(look).observe(document.body, { subtree: true, childList: true, attributes: true });
+        }"""
+    )
     visit.page.get_by_label("Prompt", exact=True).fill("a cat")
     visit.page.get_by_role("button", name="Draw", exact=True).click()
-    visit.page.locator("img.preview").nth(3).wait_for(state="attached")
-    assert visit.page.get_by_role("progressbar").get_attribute("aria-valuenow")
     visit.wait_for_pictures(4)
+    seen = visit.page.evaluate("seen")
+    assert seen["previews"] >= 4 and seen["progress"] > 0
     items = visit.read_items()
     seeds = sorted(item["record"]["seed"] for item in items)
     assert seeds == list(range(seeds[0], seeds[0] + 4))
@@ -36,6 +43,7 @@ def test_variations_chain_show_their_path_and_survive_a_reload(visit):
     # Oldest first: the apple, its variation, then what was drawn from that
     assert visit.page.locator(".card").first.locator(".path li").count() == 2
     visit.pictures.nth(5).get_by_role("button", name="Star", exact=False).click()
+    visit.page.locator('.star[aria-pressed="true"]').wait_for()
     before = [visit.pictures.nth(index).get_attribute("data-item") for index in range(12)]
     visit.open()
     visit.wait_for_pictures(12)
@@ -43,7 +51,7 @@ def test_variations_chain_show_their_path_and_survive_a_reload(visit):
     assert visit.page.locator(".card").first.locator(".path li").count() == 2
     # The star is kept, and finds its card
     visit.page.get_by_role("button", name="Starred only").click()
-    visit.page.locator(".card").nth(1).wait_for(state="detached")
+    visit.page.locator("#toast", has_text="Starred only").wait_for()
     assert visit.page.locator('.star[aria-pressed="true"]').count() == 1
     # The large view leads up and down the tree
     visit.page.get_by_role("button", name="Starred only").click()
@@ -54,6 +62,10 @@ def test_variations_chain_show_their_path_and_survive_a_reload(visit):
     dialog.locator(".children button").first.click()
     dialog.get_by_role("heading", name="Variations of red apple").wait_for()
     assert dialog.locator(".path li").count() == 1
+    # Its keys are for the image that it shows
+    visit.page.keyboard.press("f")
+    dialog.locator('.star[aria-pressed="true"]').wait_for()
+    assert {item["id"] for item in visit.read_items() if item["starred"]} == {before[4], before[5]}
 
 
 def test_one_drawing_or_all_are_cancelled(visit):
@@ -82,7 +94,14 @@ def test_a_dropped_image_brings_its_settings_back(visit, tmp_path):
     path = tmp_path / "cat.png"
     download.value.save_as(path)
     # In another browser, that has drawn nothing
-    visit.page.evaluate("localStorage.clear(); indexedDB.deleteDatabase('t2i')")
+    visit.page.goto(f"{visit.address}ready")
+    visit.page.evaluate(
+        """async () => {
+          localStorage.clear();
+          const gone = indexedDB.deleteDatabase("t2i");
+          await new Promise((resolve) => (gone.onsuccess = resolve));
+        }"""
+    )
     visit.open()
     visit.page.evaluate(
         """(bytes) => {
@@ -169,6 +188,7 @@ def test_the_keyboard_alone_draws_moves_and_opens(visit):
     page.keyboard.press("Enter")
     page.get_by_role("dialog").get_by_role("heading", name="a cat").wait_for()
     page.keyboard.press("Escape")
+    page.locator("dialog").wait_for(state="detached")
     # The focus is where it was
     assert page.evaluate("document.activeElement.closest('.picture').dataset.item") == visit.pictures.nth(
         1
@@ -222,7 +242,7 @@ def test_escape_closes_a_menu_and_shortcuts_can_be_turned_off(visit):
     page.get_by_role("button", name="Cancel", exact=True).wait_for()
     visit.pictures.nth(0).get_by_role("button", name="More actions").click()
     page.keyboard.press("Escape")
-    page.get_by_role("menu").wait_for(state="detached")
+    page.locator("[role=menu]").wait_for(state="detached")
     assert page.locator(".card.drawing").count() == 1
     page.keyboard.press("Escape")
     page.locator(".card.drawing").wait_for(state="detached")
@@ -312,35 +332,3 @@ def test_a_busy_server_is_asked_again_and_then_the_person(visit):
     page.get_by_role("button", name="Try again").click()
     visit.wait_for_pictures(4)
     visit.errors = [error for error in visit.errors if "status of 429" not in error]
-
-
-@pytest.mark.parametrize("visit", [{}, DARK, PHONE], indirect=True, ids=["light", "dark", "phone"])
-def test_every_view_is_accessible_and_no_wider_than_the_window(visit):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python").Axe()
-    page = visit.page
-
-    def check(view: str) -> None:
-        found = axe.run(page).response["violations"]
-        told = [(one["id"], [node["html"][:200] for node in one["nodes"]]) for one in found]
-        assert told == [], view
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
-
-    check("empty")
-    visit.draw("a cat")
-    check("gallery")
-    visit.pictures.nth(0).get_by_role("button", name="More actions", exact=False).click()
-    check("menu")
-    page.keyboard.press("Escape")
-    visit.pictures.nth(0).locator(".picture-open").click()
-    page.get_by_role("dialog").get_by_role("heading", name="Settings").wait_for()
-    check("large view")
-    page.keyboard.press("Escape")
-    page.get_by_role("button", name="Settings", exact=True).click()
-    check("settings")
-    page.keyboard.press("Escape")
-    for tool in ("Edit", "Mix", "Extend", "Change"):
-        visit.pictures.nth(0).get_by_role("button", name="More actions", exact=False).click()
-        page.get_by_role("menuitem", name=tool).click()
-        page.get_by_role("dialog", name=tool).wait_for()
-        check(tool)
-        page.keyboard.press("Escape")
