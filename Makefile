@@ -6,7 +6,7 @@
 # make docs build the site of the documents in build/site, offline; a broken link stops it
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
-# make soak   load tests of `t2i serve`, the longest for ten minutes: a table of what was wanted and measured
+# make soak   tests of `t2i serve` under load, an hour: a table of what was wanted and measured
 # make test-deploy Ray Serve with two replicas, and the Dockerfile's steps in a bare root: ten minutes; not in .ci/run
 # make faults every fault test, half an hour, and a table of what was injected and survived; not in .ci/run
 PYTHON ?= python3

@@ -1,25 +1,35 @@
 """Run load and soak tests of `t2i serve`, and print what was wanted and what was measured.
 
-    python -m tests.serving.load                   all tests, ten minutes of soak
-    python -m tests.serving.load --seconds 20 1 4  short forms of two of them
+    python -m tests.serving.load                   all tests, ten minutes of soak: about an hour
+    python -m tests.serving.load 1 3 7             some of them: a long run can be done in parts
+    python -m tests.serving.load --seconds 20 1 4  short forms
 
-Exit status 1 if any failed. Ratios hold on a machine that does other things too; seconds hold on one that does not.
+10, 12, 13 and 15 are tests of pytest. Exit status 1 if any failed. Ratios hold on a machine that does other things
+too; seconds hold on one that does not.
 """
 
 import argparse
 import asyncio
 import sys
 import time
+import traceback
 from dataclasses import fields, replace
 
-from tests.serving.load.checks import ON_ONE_SERVER, Row, Scale, run_test
+from tests.serving.load.checks import TESTS, run_test
+from tests.serving.load.scale import Row, Scale
 
-TESTS = ("1", *ON_ONE_SERVER)
+
+def print_row(test: str, wanted: str, measured: str, ok: str) -> None:
+    print(f"{test:<66} {wanted:>16} {measured:>24}  {ok}", flush=True)
 
 
-def print_row(row: Row) -> None:
-    result = "pass" if row.passed else "FAIL"
-    print(f"{row.test:<66} {row.wanted:>14} {row.measured:>18} {result:>5}", flush=True)
+def run_one(name: str, model: str, scale: Scale) -> list[Row]:
+    """Return the rows of a test; one that ends by an error has a row too, and the next ones run."""
+    try:
+        return asyncio.run(run_test(name, model, scale))
+    except Exception as error:
+        traceback.print_exc()
+        return [Row(f"{name} ended by an error", "rows", type(error).__name__, False)]
 
 
 def main() -> int:
@@ -34,15 +44,17 @@ def main() -> int:
     if unknown := set(arguments.tests) - set(TESTS):
         parser.error(f"no test {', '.join(sorted(unknown))}; there are {', '.join(TESTS)}")
     scale = replace(Scale(), **{field.name: getattr(arguments, field.name) for field in fields(Scale)})
-    print_row(Row("test", "wanted", "measured", True))
-    passed = True
+    print_row("test", "wanted", "measured", "ok")
+    failed, began = [], time.perf_counter()
     for name in arguments.tests or TESTS:
         start = time.perf_counter()
-        for row in asyncio.run(run_test(name, arguments.model, scale)):
-            print_row(row)
-            passed &= row.passed
-        print(f"  ({time.perf_counter() - start:.0f} s)", flush=True)
-    return 0 if passed else 1
+        rows = run_one(name, arguments.model, scale)
+        for row in rows:
+            print_row(row.test, row.wanted, row.measured, "yes" if row.passed else "NO")
+        failed += [row for row in rows if not row.passed]
+        print(f"  (test {name}: {time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(failed)} rows failed in {time.perf_counter() - began:.0f} s", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

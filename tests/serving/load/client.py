@@ -81,12 +81,15 @@ def list_mixed_asks(steps: int, side: int) -> list[Ask]:
 
 
 class Client:
-    """An asyncio client of one server. Use it as a context manager."""
+    """An asyncio client of one server. Use it as a context manager. key: for a server that asks for one."""
 
-    def __init__(self, address: str):
+    def __init__(self, address: str, key: str | None = None):
         self.address = address
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self.http = httpx2.AsyncClient(base_url=f"{address}/v1/images/", timeout=TIMEOUT_SECONDS, limits=limits)
+        self.http = httpx2.AsyncClient(
+            base_url=f"{address}/v1/images/", timeout=TIMEOUT_SECONDS, limits=limits, headers=headers
+        )
 
     async def __aenter__(self) -> "Client":
         return self
@@ -94,9 +97,9 @@ class Client:
     async def __aexit__(self, *error: object) -> None:
         await self.http.aclose()
 
-    async def send(self, ask: Ask, **more: Any) -> Answer:
-        """Send a request and return its answer."""
-        start = time.perf_counter()
+    async def send(self, ask: Ask, due: float | None = None, **more: Any) -> Answer:
+        """Send a request and return its answer. due: when it was to be sent, from which its seconds count."""
+        start = time.perf_counter() if due is None else due
         try:
             response = await self.http.post(ask.route, **ask.build(**more))
         except httpx2.HTTPError as error:
@@ -119,6 +122,17 @@ class Client:
             with suppress(TimeoutError, httpx2.HTTPError):
                 await asyncio.wait_for(other.http.post(ask.route, **ask.build(**more)), seconds)
 
+    async def leave_while_uploading(self, ask: Ask, seconds: float) -> None:
+        """Send half of a request's body, and break the connection after some seconds."""
+        request = self.http.build_request("POST", ask.route, **ask.build())
+        body = await request.aread()
+        lines = [f"{name}: {value}\r\n" for name, value in request.headers.items()]
+        head = f"POST {request.url.raw_path.decode()} HTTP/1.1\r\n{''.join(lines)}\r\n"
+        _, writer = await asyncio.open_connection(request.url.host, request.url.port)
+        writer.write(head.encode() + body[: len(body) // 2])
+        await asyncio.sleep(seconds)
+        writer.transport.abort()
+
     async def run_closed_loop(self, clients: int, asks: list[Ask], total: int) -> list[Answer]:
         """Send so many requests from clients that each wait for an answer before the next request."""
         numbers = iter(range(total))
@@ -140,7 +154,7 @@ class Client:
             if due > end:
                 break
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.send(asks[number % len(asks)])))
+            tasks.append(asyncio.create_task(self.send(asks[number % len(asks)], due)))
         return list(await asyncio.gather(*tasks))
 
 
