@@ -1,8 +1,11 @@
 """The worker process: it loads a model, and draws what its server sends, until the server is gone."""
 
+import ctypes
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from t2i.errors import InputError
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that started it ends
 
 
 def run_worker(connection: Connection, source: ModelSource, max_batch: int, processes: int) -> None:
@@ -33,6 +37,7 @@ def run_worker(connection: Connection, source: ModelSource, max_batch: int, proc
 
     processes: those of this machine that load a model on the same device.
     """
+    end_with_server()
     # The server ends its workers by closing the connection, after they have drawn what they have. Signals that a
     # terminal or systemd sends to all processes are for the server.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -53,6 +58,20 @@ def run_worker(connection: Connection, source: ModelSource, max_batch: int, proc
         worker.receive()
     # Without waiting for threads, for one may hang
     os._exit(0)
+
+
+def end_with_server() -> None:
+    """Have the system kill this process when its server dies: one that is stopped, or hangs, would not notice.
+
+    Elsewhere than on Linux, heartbeats alone end it.
+    """
+    if sys.platform != "linux":
+        return
+    server = multiprocessing.parent_process()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have died before
+    if server is not None and os.getppid() != server.pid:
+        os._exit(0)
 
 
 class Worker:
