@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -12,6 +12,7 @@ from t2i.errors import InputError
 
 if TYPE_CHECKING:
     from t2i.pipelines.jobs.planning import ModelSource
+    from t2i.pipelines.serving.server import ServerSettings
 
 app = typer.Typer()
 
@@ -24,6 +25,7 @@ KEYS_HELP = (
     "File of the keys that clients send (Authorization: Bearer KEY): a line `NAME: KEY`, or a key alone, of at least "
     "16 characters. Names are for the log and for turns in the queue. Others must not be able to read the file."
 )
+ALIAS_HELP = "Another name of the first model, such as dall-e-2, or ALIAS=NAME. Repeatable."
 CORS_HELP = "Origin of another site whose pages may use the server, such as https://example.org. Repeatable."
 
 
@@ -31,6 +33,9 @@ CORS_HELP = "Origin of another site whose pages may use the server, such as http
 class ServedModelFlags(flags.ModelFlags):
     model: Annotated[list[str] | None, option(MODEL_HELP, "models/emoji")] = None  # type: ignore[assignment]
     device: Annotated[str, option(DEVICE_HELP, None, "--device", "--devices")] = "auto"
+    upsampler: Annotated[
+        str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", UPSAMPLER_DEFAULT)
+    ] = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -55,7 +60,40 @@ class ServedModelFlags(flags.ModelFlags):
         """Return the first model, on the first device."""
         folder = split_name(self.model[0])[1] if self.model else None
         one = {**vars(self), "model": folder, "device": self.devices[0]}
-        return flags.ModelFlags(**one).build(**more)
+        upsampler = one.pop("upsampler")
+        return flags.ModelFlags(**one).build(upsampler=upsampler, **more)
+
+
+@dataclass
+class ServerFlags:
+    """Options of the names that the fields of `ServerSettings` have."""
+
+    panel: ClassVar[str] = "Server"
+    host: Annotated[str, option("Address to listen on. Others than this machine's own need --keys.")] = "127.0.0.1"
+    port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000
+    max_batch: Annotated[int, option("Images that are drawn at the same time.")] = 8
+    max_queue: Annotated[int, option("Images that wait for their turn. Beyond them, requests are refused.")] = 64
+    queue_timeout: Annotated[float, option("Seconds that a request waits for its turn.")] = 300
+    drain: Annotated[float, option("Seconds that requests have to end when the server is told to stop.")] = 30
+    name: Annotated[str | None, option("Name of the model in the API.", "that of its folder")] = None
+    aliases: Annotated[list[str] | None, option(ALIAS_HELP, None, "--alias")] = None
+    workers: Annotated[int, option(WORKERS_HELP)] = 1
+    max_n: Annotated[int, option("Images that a request may draw.")] = 10
+    public_url: Annotated[str | None, option("Address in links to images, behind a proxy.", "that of each request")] = (
+        None
+    )
+    keys: Annotated[Path | None, option(KEYS_HELP, "everyone who reaches the server may use it")] = None
+    max_queue_per_key: Annotated[int | None, option("Images of one key that wait.", "as --max-queue")] = None
+    cors: Annotated[list[str] | None, option(CORS_HELP, "none")] = None
+    log_file: Annotated[Path | None, option("File for the log, a line of JSON for each request.", "stderr")] = None
+    log_prompts: Annotated[bool, option("Write prompts to the log. They are private otherwise.")] = False
+
+    def build(self, source: ServedModelFlags) -> "ServerSettings":
+        """Return the settings of a server of these models. Raises InputError."""
+        from t2i.pipelines.serving.server import ServerSettings
+
+        lists = {name: tuple(vars(self)[name] or ()) for name in ("aliases", "cors")}
+        return ServerSettings(**vars(self) | lists, models=source.named_models, devices=source.devices)
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -77,32 +115,7 @@ def check_packages() -> None:
 
 @app.command()
 @flags.share_options
-def serve(
-    source: ServedModelFlags,
-    upsampler: Annotated[
-        str | None, option("Folder that `t2i train upsampler` wrote, or a model with an upsampler.", UPSAMPLER_DEFAULT)
-    ] = None,
-    host: Annotated[str, option("Address to listen on. Others than this machine's own need --keys.")] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000,
-    max_batch: Annotated[int, option("Images that are drawn at the same time.")] = 8,
-    max_queue: Annotated[int, option("Images that wait for their turn. Beyond them, requests are refused.")] = 64,
-    queue_timeout: Annotated[float, option("Seconds that a request waits for its turn.")] = 300,
-    drain: Annotated[float, option("Seconds that requests have to end when the server is told to stop.")] = 30,
-    name: Annotated[str | None, option("Name of the model in the API.", "that of its folder")] = None,
-    alias: Annotated[
-        list[str] | None, option("Another name of the first model, such as dall-e-2, or ALIAS=NAME. Repeatable.")
-    ] = None,
-    workers: Annotated[int, option(WORKERS_HELP)] = 1,
-    max_n: Annotated[int, option("Images that a request may draw.")] = 10,
-    public_url: Annotated[
-        str | None, option("Address in links to images, behind a proxy.", "that of each request")
-    ] = None,
-    keys: Annotated[Path | None, option(KEYS_HELP, "everyone who reaches the server may use it")] = None,
-    max_queue_per_key: Annotated[int | None, option("Images of one key that wait.", "as --max-queue")] = None,
-    cors: Annotated[list[str] | None, option(CORS_HELP, "none")] = None,
-    log_file: Annotated[Path | None, option("File for the log, a line of JSON for each request.", "stderr")] = None,
-    log_prompts: Annotated[bool, option("Write prompts to the log. They are private otherwise.")] = False,
-) -> None:
+def serve(source: ServedModelFlags, server: ServerFlags) -> None:
     """Serve a model to clients of the OpenAI images API, until the process is told to stop.
 
     Requests that come at the same time are drawn together. An image is the one that `t2i generate` draws with the same
@@ -113,27 +126,6 @@ def serve(
     one stops them.
     """
     check_packages()
-    from t2i.pipelines.serving.server import ServerSettings
     from t2i.pipelines.serving.server import serve as run_server
 
-    settings = ServerSettings(
-        host=host,
-        port=port,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        queue_timeout=queue_timeout,
-        drain=drain,
-        name=name,
-        aliases=tuple(alias or ()),
-        models=source.named_models,
-        devices=source.devices,
-        workers=workers,
-        max_n=max_n,
-        public_url=public_url,
-        max_queue_per_key=max_queue_per_key,
-        keys=keys,
-        cors=tuple(cors or ()),
-        log_file=log_file,
-        log_prompts=log_prompts,
-    )
-    run_server(source.build(upsampler=upsampler), settings)
+    run_server(source.build(), server.build(source))

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import httpx2
@@ -11,6 +12,7 @@ import pytest
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.server import ServerSettings, build_api, open_socket
 
+from t2i.commands.serving import ServedModelFlags, ServerFlags
 from t2i.errors import InputError
 
 
@@ -48,6 +50,17 @@ def test_an_alias_of_no_model_is_refused_before_a_model_loads():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         ServerSettings(**settings)
+
+
+def test_options_of_the_command_are_the_settings_of_the_server():
+    assert ServerFlags().build(ServedModelFlags()) == ServerSettings(devices=("auto",))
+    given = ServerFlags(aliases=["dall-e-2"], cors=["https://a.org"], port=9000)
+    found = given.build(ServedModelFlags(device="cuda:0,cuda:1"))
+    expected = {"aliases": ("dall-e-2",), "cors": ("https://a.org",), "port": 9000}
+    assert found == ServerSettings(**expected, devices=("cuda:0", "cuda:1"))
+    # Those of models and devices are of the command's other options, and `Limits` has none
+    names = {field.name for field in fields(ServerSettings)} - {"models", "devices", "limits"}
+    assert names == {field.name for field in fields(ServerFlags)}
 
 
 @pytest.mark.slow
