@@ -1,4 +1,4 @@
-"""The images API as its clients speak it: the unmodified openai client against a server on this machine."""
+"""The routes of the images API: what each task answers, what is refused, and what ends with its client."""
 
 import asyncio
 import base64
@@ -6,59 +6,22 @@ import io
 import json
 import threading
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 from PIL import Image
-from t2i.pipelines import Text2ImagePipeline
-from t2i.pipelines.jobs.planning import ModelSource
-from t2i.pipelines.serving.admission import Admission
 from t2i.pipelines.serving.app import ImagesApi
-from t2i.pipelines.serving.drawing import Drawer
-from t2i.pipelines.serving.engine import StepEngine
-from t2i.pipelines.serving.service import Service
 from t2i.pipelines.serving.store import ImageStore
 from torch import Generator
 
-from tests.serving.servers import run_server
+from tests.serving.servers import encode_png
 
 SIDE = 32  # of the tiny model's images
 
 
-@pytest.fixture(scope="module")
-def service(pipeline_folder: Path):
-    pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder)
-    drawer = Drawer(StepEngine(pipeline), ModelSource(str(pipeline_folder)))
-    service = Service("tiny", [drawer], Admission(max_running=8, max_queued=16))
-    yield service
-    service.close()
-
-
-@pytest.fixture(scope="module")
-def address(service: Service):
-    """The address of a server in a thread."""
-    api = ImagesApi({"tiny": service}, ImageStore(), {"dall-e-2": "tiny"})
-    with run_server(api, api.limits) as server:
-        yield f"http://127.0.0.1:{server.port}"
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 def open_image(answer, index: int = 0) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(answer.data[index].b64_json)))
-
-
-def encode(image: Image.Image, name: str = "given.png") -> tuple[str, bytes]:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return name, buffer.getvalue()
 
 
 FEW_STEPS = {"seed": 7, "steps": 3, "prior_steps": 3}
@@ -108,23 +71,25 @@ def test_other_formats_are_sent_where_they_are_asked_for(client, output_format):
 @pytest.mark.filterwarnings("ignore:deprecated")  # by the client, for OpenAI has no variations any more
 def test_variations_and_edits_of_every_kind(client):
     small = {"seed": 3, "steps": 3}
-    assert open_image(client.images.create_variation(image=encode(RED), n=2, extra_body=small), 1).size == RED.size
+    assert open_image(client.images.create_variation(image=encode_png(RED), n=2, extra_body=small), 1).size == RED.size
     # A mask's transparent part is painted; all other pixels stay as they are
     mask = RED.convert("RGBA")
     mask.putalpha(Image.new("L", RED.size, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 8, SIDE))
-    painted = open_image(client.images.edit(image=encode(RED), mask=encode(mask), prompt="blue", extra_body=small))
+    painted = open_image(
+        client.images.edit(image=encode_png(RED), mask=encode_png(mask), prompt="blue", extra_body=small)
+    )
     kept = (8, 0, SIDE, SIDE)
     assert painted.crop(kept).tobytes() == RED.crop(kept).tobytes() and painted.tobytes() != RED.tobytes()
     # The transparent part of the image itself
-    alone = open_image(client.images.edit(image=encode(mask), prompt="blue", extra_body=small))
+    alone = open_image(client.images.edit(image=encode_png(mask), prompt="blue", extra_body=small))
     assert alone.crop(kept).tobytes() == RED.crop(kept).tobytes()
     # As a whole, around it, and along a direction
-    assert open_image(client.images.edit(image=[encode(RED)], prompt="blue", extra_body=small)).size == RED.size
-    wide = open_image(client.images.edit(image=encode(RED), prompt="blue", extra_body=small | {"left": 8}))
+    assert open_image(client.images.edit(image=[encode_png(RED)], prompt="blue", extra_body=small)).size == RED.size
+    wide = open_image(client.images.edit(image=encode_png(RED), prompt="blue", extra_body=small | {"left": 8}))
     assert wide.size == (SIDE + 8, SIDE)
     moved = small | {"source": "red", "target": "blue", "theta": 0.5}
-    assert open_image(client.images.edit(image=encode(RED), prompt="blue", extra_body=moved)).size == RED.size
+    assert open_image(client.images.edit(image=encode_png(RED), prompt="blue", extra_body=moved)).size == RED.size
 
 
 def test_events_show_previews_then_the_images(client):
@@ -206,7 +171,7 @@ def test_other_faults_have_the_apis_shape_too(address, method, path, content, he
 
 
 def test_a_full_queue_is_said_with_the_time_to_wait(service, client):
-    held = service.admission.enter(8), service.admission.enter(16)
+    held = service.admission.enter(16), service.admission.enter(16)
     try:
         with pytest.raises(openai.RateLimitError) as caught:
             client.images.generate(prompt="a red circle", extra_body=FEW_STEPS)
