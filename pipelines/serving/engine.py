@@ -200,7 +200,7 @@ class StepEngine:
     def step(self, name: str, x: Tensor, t: Tensor, context: Any) -> Tensor:
         """Stand for the network's `step`. Raises Cancelled, and whatever the network raises for these rows alone."""
         if not isinstance(context, PreparedCondition):
-            with self.step_aside():
+            with self.step_aside(), self.count_own_call(name, len(x)):
                 return self.methods[name][1](x, t, context)
         # Steering takes gradients through a step, which another thread cannot record
         if torch.is_grad_enabled():
@@ -235,7 +235,17 @@ class StepEngine:
             timesteps = [] if prepared.timesteps is None else [prepared.timesteps]
             with torch.no_grad():
                 prepared.context = prepare(prepared.condition, *timesteps)
-        return step(x, t, prepared.context)
+        with self.count_own_call(name, len(x)):
+            return step(x, t, prepared.context)
+
+    @contextmanager
+    def count_own_call(self, name: str, rows: int) -> Iterator[None]:
+        """Count a call of a network in this thread, if the thread joined and the call succeeds."""
+        start = time.monotonic()
+        yield
+        if getattr(self.own, "drawing", None) is not None:
+            with self.changed:
+                self.counts.add_call(name, rows, time.monotonic() - start)
 
     # What the engine's thread does
 
@@ -331,7 +341,8 @@ class StepEngine:
             yield
             seconds = time.monotonic() - start
             with self.changed:
-                self.counts.add_call(name, rows, seconds)
+                self.counts.add_call(name, rows, seconds, round_up_rows(rows) - rows)
+                self.counts.longest = max(self.counts.longest, seconds)
                 self.rates[name] = max(self.rates.get(name, 0.0), seconds / work)
         finally:
             with self.changed:

@@ -120,19 +120,18 @@ class EngineCounts:
     added_rows: int = 0  # by rounding up
     wasted_rows: int = 0  # of requests that were cancelled while a step ran
     running_rows: int = 0  # of the call that runs now
-    longest: float = 0.0  # seconds of a call
+    longest: float = 0.0  # seconds of a call by the engine's thread
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(DENOISERS, 0.0))
     rows_spread: list[int] = field(default_factory=lambda: [0] * (len(ROW_COUNTS) + 1))
     seconds_spread: dict[str, list[int]] = field(
         default_factory=lambda: {name: [0] * (len(CALL_SECONDS) + 1) for name in DENOISERS}
     )
 
-    def add_call(self, denoiser: str, rows: int, seconds: float) -> None:
+    def add_call(self, denoiser: str, rows: int, seconds: float, added_rows: int = 0) -> None:
         """Count a call of a network that succeeded."""
         self.calls += 1
         self.rows += rows
-        self.added_rows += round_up_rows(rows) - rows
-        self.longest = max(self.longest, seconds)
+        self.added_rows += added_rows
         self.seconds[denoiser] += seconds
         self.rows_spread[bisect_left(ROW_COUNTS, rows)] += 1
         self.seconds_spread[denoiser][bisect_left(CALL_SECONDS, seconds)] += 1

@@ -195,6 +195,8 @@ def test_the_steps_of_an_upsampler_are_halved_too(pipeline, tiny_upsampler):  # 
         (found,) = draw_together(engine, [draw])
     assert isinstance(found, Tensor) and (found - alone).abs().max() < 1e-4
     assert sizes[:5] == [3, 2, 1, 1, 1] and set(sizes) == {1, 2, 3}
+    # Calls outside of the engine's thread are counted too
+    assert sum(engine.counts.seconds_spread["upsampler"]) == sizes.count(1) and engine.counts.seconds["upsampler"] > 0
 
 
 def test_a_request_that_needs_too_much_memory_for_one_row_fails(engine):
