@@ -26,7 +26,7 @@ def ask_for(steps: int) -> Ask:
     return Ask("generations", (("prompt", "a red circle"), ("seed", 1), ("steps", steps), ("prior_steps", 3)))
 
 
-SHORT, MIDDLE, LONG = ask_for(3), ask_for(40), ask_for(900)
+SHORT, MIDDLE, LONG = ask_for(3), ask_for(300), ask_for(900)
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,18 @@ def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
         time.sleep(0.1)
 
 
-def send_all(server: ServerProcess, asks: list[tuple[Ask, str]], disturb: Callable[[], object]) -> list[Answer]:
-    """Send requests to models at the same time, do something while they are drawn, and return the answers."""
+def send_all(
+    server: ServerProcess, asks: list[tuple[Ask, str]], disturb: Callable[[], object], pause: float = 2.0
+) -> list[Answer]:
+    """Send requests to models at the same time, do something while they are drawn, and return the answers.
+
+    pause: seconds before it is done.
+    """
 
     async def run() -> list[Answer]:
         async with Client(server.address) as client:
             tasks = [asyncio.create_task(client.send(ask, model=model)) for ask, model in asks]
-            await asyncio.sleep(2)
+            await asyncio.sleep(pause)
             await asyncio.to_thread(disturb)
             return list(await asyncio.gather(*tasks))
 
@@ -157,7 +162,7 @@ def test_a_server_that_is_told_to_stop_answers_all_it_has_and_leaves_no_process(
             refused.append(httpx2.post(f"{server.address}/v1/images/generations", **SHORT.build(), timeout=60))
             assert server.process.wait(600) == 0
 
-        answers = send_all(server, [(MIDDLE, pipeline_folder.name)] * 16, stop)
+        answers = send_all(server, [(MIDDLE, pipeline_folder.name)] * 16, stop, pause=0)
         assert [answer.status for answer in answers] == [200] * 16
         assert refused[0].json()["error"]["code"] == "shutting_down" and refused[0].headers["x-should-retry"] == "true"
         wait_for(lambda: all(map(is_gone, workers)), 10)
@@ -183,7 +188,7 @@ def test_a_server_that_may_not_wait_ends_its_requests_with_an_error(pipeline_fol
                 time.sleep(0.5)
             assert server.process.wait(30) == 0
 
-        answers = send_all(server, [(LONG, pipeline_folder.name)] * 7, stop)
+        answers = send_all(server, [(LONG, pipeline_folder.name)] * 7, stop, pause=0)
         assert [(answer.status, answer.code.partition(":")[0]) for answer in answers] == [(503, "shutting_down")] * 7
         lines = streamed.result()
         event = json.loads(lines[lines.index("event: error") + 1].removeprefix("data: "))

@@ -13,7 +13,7 @@ SHORT = Scale(seconds=5, clients=8, steps=3, side=32, kills=8, images=8, repeats
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1", "2", "3", "4", "5", "6", "9"])
+@pytest.mark.parametrize("name", ["1", "2", "3", "4", "5", "6", "9", "14"])
 def test_a_server_under_load_answers_each_request_with_its_own_image(name: str, pipeline_folder: Path):
     rows: list[Row] = asyncio.run(run_test(name, str(pipeline_folder), SHORT))
     assert rows and [row for row in rows if not row.passed and not row.is_timing] == []

@@ -113,23 +113,24 @@ async def check_deaf_clients(server: ServerProcess, scale: Scale) -> list[Row]:
     """Let clients ask for events that they never read, while others draw."""
     asks = list_mixed_asks(scale.steps, scale.side)
     most = 0
-    async with Client(server.address) as client, ExitStack() as stack:
-        expected = await draw_expected(client, asks)
-        await client.run_closed_loop(scale.max_batch, asks, 2 * scale.max_batch)  # takes the memory of a full batch
-        before, start = server.measure_usage().rss, time.perf_counter()
-        deaf = [stack.enter_context(ask_and_never_read(server, scale)) for _ in range(scale.deaf_clients)]
-        ports = {one.getsockname()[1] for one in deaf}
-        mates = asyncio.create_task(client.run_closed_loop(4, asks, 2 * len(asks)))
-        drawn, closed = None, None
-        while closed is None and time.perf_counter() - start < 600:
-            await asyncio.sleep(0.5)
-            seconds = time.perf_counter() - start
-            most = max(most, server.measure_usage().rss)
-            if drawn is None and mates.done() and not server.read_metric("t2i_running_pictures"):
-                drawn = seconds
-            if not server.count_connections(ports):
-                closed = seconds
-        answers = await mates
+    async with Client(server.address) as client:
+        with ExitStack() as stack:
+            expected = await draw_expected(client, asks)
+            await client.run_closed_loop(scale.max_batch, asks, 2 * scale.max_batch)  # takes the memory of a full batch
+            before, start = server.measure_usage().rss, time.perf_counter()
+            deaf = [stack.enter_context(ask_and_never_read(server, scale)) for _ in range(scale.deaf_clients)]
+            ports = {one.getsockname()[1] for one in deaf}
+            mates = asyncio.create_task(client.run_closed_loop(4, asks, 2 * len(asks)))
+            drawn, closed = None, None
+            while closed is None and time.perf_counter() - start < 600:
+                await asyncio.sleep(0.5)
+                seconds = time.perf_counter() - start
+                most = max(most, server.measure_usage().rss)
+                if drawn is None and mates.done() and not server.read_metric("t2i_running_pictures"):
+                    drawn = seconds
+                if not server.count_connections(ports):
+                    closed = seconds
+            answers = await mates
     failed = sum(answer.status != 200 for answer in answers)
     wrong = count_wrong_images(answers, expected)
     limit = 75 + (drawn or 0)  # a minute, and what the system's buffers take meanwhile
@@ -142,11 +143,11 @@ async def check_deaf_clients(server: ServerProcess, scale: Scale) -> list[Row]:
 
 
 def ask_and_never_read(server: ServerProcess, scale: Scale) -> socket.socket:
-    """Return a connection that asked for the events of four images, with a buffer as small as the system allows."""
+    """Return a connection that asked for the events of eight images, with a buffer as small as the system allows."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect((server.host, server.port))
-    fields = {"prompt": "a cat", "n": 4, "steps": scale.steps, "stream": True, "partial_images": 3}
+    fields = {"prompt": "a cat", "n": 8, "steps": scale.steps, "stream": True, "partial_images": 3}
     body = json.dumps(fields).encode()
     head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)

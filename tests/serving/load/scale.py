@@ -35,7 +35,7 @@ class Scale:
     images: int = 64  # by which batching and capacity are measured
     repeats: int = 3
     slow_connections: int = 200
-    deaf_clients: int = 4  # that read nothing of four images each
+    deaf_clients: int = 4  # that read nothing of eight images each
     max_batch: int = 8
     clock: str = "cpu"
 
