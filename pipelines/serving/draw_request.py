@@ -125,6 +125,10 @@ class DrawRequest:
         """True if there is a text among the inputs."""
         return any(isinstance(given, str) for given in self.inputs)
 
+    def drop_inputs(self) -> None:
+        """Let go of images and files, of a request that has ended: others may refer to it for a while."""
+        self.inputs, self.mask = [], None
+
     def list_texts(self) -> list[str]:
         """Return the texts that the model reads, each once: those among the inputs, then those of settings."""
         return list(dict.fromkeys(collect_texts({"anchors": self.inputs}) + collect_texts(self.settings)))

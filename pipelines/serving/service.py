@@ -162,6 +162,8 @@ class Service:
         except BaseException as error:
             # Whatever went wrong, the client waits for an end
             event = Event("failed", {"error": error})
+        # Before others are admitted to their memory
+        job.request.drop_inputs()
         self.admission.leave(ticket, event.kind == "done")
         self.finish(job, event)
 
@@ -194,6 +196,7 @@ class Service:
         """End a job that waits; return False if it does not wait any more."""
         assert job.ticket is not None
         if waited := self.admission.withdraw(job.ticket):
+            job.request.drop_inputs()
             self.finish(job, Event("failed", {"error": error}))
         return waited
 

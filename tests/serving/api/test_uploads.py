@@ -123,10 +123,13 @@ def test_requests_that_wait_hold_files_and_are_drawn_from_the_same_pixels():
         while len(api.services["tiny"].jobs) < 2:
             time.sleep(0.01)
         waiting = [job.request for job in api.services["tiny"].jobs]
-        assert all(isinstance(image, StoredImage) for request in waiting for image in (request.image, request.mask))
+        given = [(request.image, request.mask) for request in waiting]
+        assert all(isinstance(image, StoredImage) for images in given for image in images)
         assert {request.input_bytes for request in waiting} == {2 * 4 * 32 * 32}
         drawer.opened.set()
         assert [answer.result().status_code for answer in sent] == [200] * 2
-    for request in waiting:
-        assert request.image.tobytes() == drawn.tobytes() and type(request.image) is Image.Image
-        assert request.mask.crop((0, 0, 8, 32)).getextrema() == (0, 0) and request.mask.getpixel((8, 0)) == 255
+    for image, hole in given:
+        assert image.tobytes() == drawn.tobytes() and type(image) is Image.Image
+        assert hole.crop((0, 0, 8, 32)).getextrema() == (0, 0) and hole.getpixel((8, 0)) == 255
+    # Those that have ended hold nothing, whoever still refers to them
+    assert [(request.inputs, request.mask) for request in waiting] == 2 * [([], None)]
