@@ -57,7 +57,7 @@ class EncodedPriorPipeline(KandinskyV22PriorPipeline):
 def make_prior(width: int, depth: int) -> Prior:
     """Return a prior with random weights for z_t and z_i of `width`, as published ones are."""
     torch.manual_seed(0)
-    prior = Prior(width, width, PADDED, width, depth, width // 64 or 1, unit_length=False, usual_guidance=SCALE)
+    prior = Prior(width, width, PADDED, width, depth, width // 64 or 1, unit_length=False, default_guidance_scale=SCALE)
     nn.init.normal_(prior.query, std=0.02)
     prior.set_embed_statistics(make_captions(1, width, (2, 2)), torch.zeros(width), torch.ones(width))
     return prior.eval().requires_grad_(False).to(side_by_side.device())

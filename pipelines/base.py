@@ -28,7 +28,7 @@ from t2i.pipelines.folder import (
     check_component_types,
 )
 from t2i.pipelines.loading import FETCH_ARGUMENTS, build_own_arguments, load_public_components
-from t2i.pipelines.options import OUTPUT_TYPES, DecoderOptions, ResolvedOptions, build_options
+from t2i.pipelines.options import OUTPUT_TYPES, DecoderOptions, ResolvedOptions, build_options, list_prior_defaults
 from t2i.pipelines.stages import check_finite_values, sample_super_resolution
 from torch import Generator, Tensor
 
@@ -43,7 +43,7 @@ from t2i.networks.upsampler import Upsampler
 from t2i.runtime.compiling import check_compiler, compile_steps
 from t2i.runtime.devices import check_bf16_support, warn_of_slow_bf16
 from t2i.runtime.memory import run_in_halves
-from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
+from t2i.sampling.embeddings import AnyPrior
 
 MAX_IMAGES = 1024
 
@@ -238,8 +238,7 @@ class UnCLIPPipeline(Adapters, DiffusersNames, PromptEncoding, Interruptible, Ch
         """
         if resolved is not None:
             return resolved
-        prior_default = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
-        return self.build_options(options, self.default_decoder_options | prior_default)
+        return self.build_options(options, self.default_decoder_options | list_prior_defaults(self.prior))
 
     @classmethod
     def build_options(cls, options: dict[str, Any], defaults: dict[str, Any] | None = None) -> ResolvedOptions:

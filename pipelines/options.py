@@ -34,7 +34,7 @@ from t2i.diffusion.samplers import SAMPLERS
 from t2i.diffusion.sampling_loop import MAX_STEPS
 from t2i.errors import InputError
 from t2i.files.untrusted import MAX_TIMESTEPS
-from t2i.sampling.embeddings import MAX_CANDIDATES
+from t2i.sampling.embeddings import MAX_CANDIDATES, AnyPrior, get_default_guidance_scale, get_default_steps
 from t2i.sampling.steering import Steering
 from t2i.sampling.upsampling import MAX_ENLARGEMENTS
 
@@ -55,8 +55,10 @@ class PriorOptions:
     """Options of the prior, which samples z_i for captions.
 
     Args:
-        prior_num_inference_steps: denoising steps of a diffusion prior, 1 to 1000.
-        prior_guidance_scale: a number, where 1 is off, or a `Guidance`; stored as a `Guidance`.
+        prior_num_inference_steps: denoising steps of a diffusion prior, 1 to 1000. Pipelines take the prior's
+            `default_steps` if left out.
+        prior_guidance_scale: a number, where 1 is off, or a `Guidance`; stored as a `Guidance`. Pipelines take the
+            prior's `default_guidance_scale` if left out.
         prior_latents: (N, D), the noise that a diffusion prior starts from. It allows one candidate only.
         prior_candidates: z_i sampled for each caption, 1 to 64. The one nearest to z_t is used.
         prior_temperature: temperature of an autoregressive prior, 0 to 10. 0 takes the most likely code, None the
@@ -248,6 +250,14 @@ DECODER_OPTION_NAMES = frozenset(field.name for field in fields(DecoderOptions))
 OPTION_NAMES = PRIOR_OPTION_NAMES | DECODER_OPTION_NAMES
 
 GUIDANCE_OPTIONS = {"prior_guidance_scale": PriorOptions, "guidance_scale": DecoderOptions}
+
+
+def list_prior_defaults(prior: AnyPrior | None) -> dict[str, Any]:
+    """Return the defaults of `PriorOptions` that depend on the prior, by name."""
+    return {
+        "prior_num_inference_steps": get_default_steps(prior),
+        "prior_guidance_scale": get_default_guidance_scale(prior),
+    }
 
 
 def build_options(

@@ -20,7 +20,13 @@ from t2i.pipelines.calls.signature import declare_pipeline_call
 from t2i.pipelines.calls.texts import PromptEmbeds, choose_texts
 from t2i.pipelines.folder import AnyCLIP, PipelineFolder
 from t2i.pipelines.loading import load_own_parts, split_loading_arguments
-from t2i.pipelines.options import PRIOR_OPTION_NAMES, DecoderOptions, ResolvedOptions, build_options
+from t2i.pipelines.options import (
+    PRIOR_OPTION_NAMES,
+    DecoderOptions,
+    ResolvedOptions,
+    build_options,
+    list_prior_defaults,
+)
 from t2i.pipelines.stages import run_prior_stage
 from t2i.pipelines.text2image import Text2ImagePipeline
 from torch import Generator, Tensor
@@ -29,7 +35,7 @@ from t2i.checks import check_choice, check_integer
 from t2i.errors import InputError
 from t2i.files.known_words import UnknownWord
 from t2i.files.untrusted import is_folder
-from t2i.sampling.embeddings import AnyPrior, get_default_guidance_scale
+from t2i.sampling.embeddings import AnyPrior
 from t2i.sampling.sample import split_generators
 
 OUTPUT_TYPES = ("pt", "np")
@@ -93,8 +99,7 @@ class PriorPipeline(Adapters, PromptEncoding, Interruptible, CheckedPipeline):
     ) -> ResolvedOptions:
         """Return the checked options, as `UnCLIPPipeline.resolve_options` does."""
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        defaults = {"prior_guidance_scale": get_default_guidance_scale(self.prior)}
-        return resolved or build_options(options, defaults, PRIOR_OPTION_NAMES)
+        return resolved or build_options(options, list_prior_defaults(self.prior), PRIOR_OPTION_NAMES)
 
     @declare_pipeline_call(aliases=OPTION_ALIASES)
     def __call__(

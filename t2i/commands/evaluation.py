@@ -62,7 +62,7 @@ def evaluate_prior(
         str, option("Folder of a prior or a pipeline; none evaluates the text embeddings themselves.", "models/emoji")
     ] = str(SHIPPED_MODEL),
     count: Annotated[int, option("Largest number of captions from each split.")] = 512,
-    steps: Annotated[int, option("Denoising steps of a diffusion prior.")] = 25,
+    steps: Annotated[int | None, option("Denoising steps of a diffusion prior.", "the prior's")] = None,
     guidance_scale: Annotated[float | None, option("Guidance scale. 1 turns guidance off.", "the prior's")] = None,
     candidates: Annotated[int, option("Embeddings sampled for each caption, to use the nearest to it.")] = 2,
     temperature: Annotated[float | None, option("Temperature of an autoregressive prior.", "the prior's")] = None,
@@ -75,11 +75,12 @@ def evaluate_prior(
     from t2i.diffusion.sampling_loop import MAX_STEPS, Sampling
     from t2i.evaluation.priors import evaluate_prior_splits, open_cache_splits
     from t2i.evaluation.results import check_result_file, collect_package_versions, write_result_file
-    from t2i.sampling.embeddings import MAX_CANDIDATES, get_default_guidance_scale, load_prior
+    from t2i.sampling.embeddings import MAX_CANDIDATES, get_default_guidance_scale, get_default_steps, load_prior
 
     # Before the model loads
     check_integer("count", count, 1, 10_000_000)
-    check_integer("steps", steps, 1, MAX_STEPS)
+    if steps is not None:
+        check_integer("steps", steps, 1, MAX_STEPS)
     check_integer("candidates", candidates, 1, MAX_CANDIDATES)
     check_integer("seed", seed, 0, 2**62)
     if guidance_scale is not None:
@@ -95,12 +96,12 @@ def evaluate_prior(
     model = None if model is None else model.float()
     warn_of_idle_settings(model, steps=steps, candidates=candidates, guidance=guidance_scale, temperature=temperature)
     settings: dict[str, Any] = {
-        "steps": steps,
+        "steps": get_default_steps(model) if steps is None else steps,
         "guidance": get_default_guidance_scale(model) if guidance_scale is None else guidance_scale,
         "candidates": candidates,
         "temperature": temperature,
     }
-    sampling = Sampling(steps, guidance=settings["guidance"])
+    sampling = Sampling(settings["steps"], guidance=settings["guidance"])
     splits = open_cache_splits(cache, model)
     scores = evaluate_prior_splits(model, scheduler, splits, sampling, count, candidates, temperature, seed)
 
@@ -114,7 +115,7 @@ def evaluate_prior(
 
 
 def warn_of_idle_settings(
-    prior: Any, steps: int, candidates: int, guidance: float | None, temperature: float | None
+    prior: Any, steps: int | None, candidates: int, guidance: float | None, temperature: float | None
 ) -> None:
     """Print which settings have no effect: all without a prior, and some on priors that do not denoise in steps.
 
@@ -122,9 +123,9 @@ def warn_of_idle_settings(
     """
     from t2i.networks.regression_prior import RegressionPrior
 
-    # 25 and 2 are the command's defaults: another number was given
+    # 2 is the command's default: another number was given
     idle = {
-        "steps": steps != 25 and (prior is None or not prior.needs_scheduler),
+        "steps": steps is not None and (prior is None or not prior.needs_scheduler),
         "candidates": candidates != 2 and (prior is None or isinstance(prior, RegressionPrior)),
         "guidance-scale": guidance is not None and prior is None,
         "temperature": temperature is not None and prior is None,

@@ -77,7 +77,7 @@ Device = Annotated[str, option("Device to run on: auto, cpu, cuda or mps.", choi
 Seed = Annotated[int | None, option("Seed of the first image. Each further image adds 1.", "random")]
 Steps = Annotated[int | None, option("Denoising steps of the decoder.", "the model's")]
 GuidanceScale = Annotated[float | None, option("Guidance scale of the decoder. 1 turns guidance off.", "the model's")]
-PriorSteps = Annotated[int | None, option("Denoising steps of the prior.", "25")]
+PriorSteps = Annotated[int | None, option("Denoising steps of the prior.", "the model's")]
 PriorGuidanceScale = Annotated[float | None, option("Guidance scale of the prior. 1 turns it off.", "the model's")]
 Candidates = Annotated[
     int | None, option("Image embeddings to sample per image; the nearest to the prompt is used.", "2")

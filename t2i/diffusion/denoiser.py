@@ -22,6 +22,8 @@ from t2i.diffusion.condition import Condition
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x: (B, ...), t: () -> the model's prediction, like x
 PredictTransform = Callable[[Predict], Predict]
+# Names of settings in configurations of before 2026-12: what was saved then still loads
+OLD_SETTINGS = {"usual_guidance": "default_guidance_scale"}
 StepCallback = Callable[[int, Tensor, Tensor], Tensor]  # step, t, x -> x; see `t2i.diffusion.sampling_loop.Sampling`
 
 
@@ -34,14 +36,38 @@ class Denoiser(Protocol):
     def null(self, count: int) -> Any: ...
 
 
+class StoredDefaults:
+    """The sampling defaults of a model whose configuration stores them: a model may need few steps or no guidance."""
+
+    config: Any
+
+    @property
+    def default_steps(self) -> int:
+        """The denoising steps where none are given."""
+        return self.config.default_steps
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance scale where none is given; 1 is off."""
+        return self.config.default_guidance_scale
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return what diffusers' method does, also of a configuration with an older name of a setting."""
+        renamed = {OLD_SETTINGS.get(name, name): value for name, value in config_dict.items()}
+        return super().extract_init_dict(renamed, **kwargs)  # type: ignore[misc]
+
+
 class PriorMixin:
     """Defaults of what pipelines read of a prior; a prior overrides what differs.
 
+    default_steps: of a pipeline, where none are given.
     needs_scheduler: z_i is denoised, by `t2i.sampling.sample.sample_prior`; other priors return it by themselves.
     prepares_timesteps: `prepare` also takes the timesteps of the sampling, (S,), and computes their tokens ahead.
     takes_noise, takes_temperature, takes_guidance: options that have an effect. control_factor: as of a decoder.
     """
 
+    default_steps = 25
     needs_scheduler = True
     prepares_timesteps = False
     takes_noise, takes_temperature, takes_guidance = True, False, True

@@ -73,7 +73,7 @@ def load_diffusion_prior(part: Component, dtype: torch.dtype | None, unit_length
     settings = read_prior_config(part, 4)
     arguments = {**convert_prior_config(settings), "unit_length": unit_length}
     if not unit_length:
-        arguments["usual_guidance"] = DEFAULT_GUIDANCE_SCALE
+        arguments["default_guidance_scale"] = DEFAULT_GUIDANCE_SCALE
     parts: dict[str, Component] = {"": RenamedComponent(part, map_tensor_names(settings["num_layers"]))}
     prior = load_from_components(lambda: Prior(**arguments), parts, dtype, extra=NULL_BUFFERS)
     if not (prior.std > 0).all():

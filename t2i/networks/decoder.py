@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
-from t2i.diffusion.denoiser import DecoderMixin
+from t2i.diffusion.denoiser import DecoderMixin, StoredDefaults
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -41,7 +41,7 @@ class DecoderContext:
     masked_latents: Tensor | None = None  # (B, C + 1, h, w), concatenated to the noisy latents
 
 
-class ImageTokensMixin(DecoderMixin):
+class ImageTokensMixin(StoredDefaults, DecoderMixin):
     """The condition of `Decoder` and `UNetDecoder`: tokens made from z_i, then those of the caption if it is read."""
 
     config: Any
@@ -90,6 +90,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         learned_variance: the output has further C channels for the variance of the reverse steps.
         reads_masks: the input has the latents to keep and their mask; see `t2i.diffusion.inpainting`.
         text_encoder_fingerprint: digest of the text encoder of the captions; None if they come from CLIP.
+        default_steps, default_guidance_scale: of sampling, where none are given.
     """
 
     _supports_gradient_checkpointing = True
@@ -113,6 +114,8 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
         learned_variance: bool = False,
         reads_masks: bool = False,
         text_encoder_fingerprint: str | None = None,
+        default_steps: int = 25,
+        default_guidance_scale: float = 1.5,
     ):
         super().__init__()
         self.gradient_checkpointing = False

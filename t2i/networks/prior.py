@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import PriorMixin
+from t2i.diffusion.denoiser import PriorMixin, StoredDefaults
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -41,7 +41,7 @@ class PriorContext:
     groups: Tensor  # (B,): the number of each caption among the U
 
 
-class Prior(PriorMixin, ModelMixin, ConfigMixin):
+class Prior(StoredDefaults, PriorMixin, ModelMixin, ConfigMixin):
     """Denoiser of z_i, scaled to zero mean and unit variance, given a TextEncoding.
 
     Args:
@@ -54,7 +54,7 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         learned_variance: the output has further D dimensions for the variance of the reverse steps.
         unit_length: the CLIP's embeddings have length 1; the network's input z_t is then scaled to unit variance, and
             z_i is normalised. False for the public priors, which were trained on embeddings as they are.
-        usual_guidance: the default guidance scale; 4 for the public priors.
+        default_steps, default_guidance_scale: of sampling, where none are given. The scale is 4 for the public priors.
     """
 
     _supports_gradient_checkpointing = True
@@ -75,7 +75,8 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
         unit_length: bool = True,
-        usual_guidance: float = 2.0,
+        default_steps: int = 25,
+        default_guidance_scale: float = 2.0,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -95,10 +96,6 @@ class Prior(PriorMixin, ModelMixin, ConfigMixin):
         self.register_buffer("std", torch.full((embed_dim,), embed_dim**-0.5))
         self.register_buffer("null_embedding", torch.zeros(embed_dim))
         self.register_buffer("null_states", torch.zeros(null_length, text_width))
-
-    @property
-    def default_guidance_scale(self) -> float:
-        return self.config.get("usual_guidance", 2.0)
 
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
         """Return the prediction, (B, D), or (B, 2D) with a learned variance. x: noisy scaled z_i, (B, D); t: (B,)."""

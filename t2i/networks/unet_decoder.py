@@ -96,6 +96,8 @@ class UNetDecoder(ImageTokensMixin, UNetDenoiser, ModelMixin):
         learned_variance: bool = False,
         reads_masks: bool = False,
         text_encoder_fingerprint: str | None = None,
+        default_steps: int = 25,
+        default_guidance_scale: float = 1.5,
     ):
         super().__init__()
         check_integer("latent_size", latent_size, 1, 1024)  # first, since no tensor of the model has this size

@@ -52,6 +52,11 @@ def get_default_guidance_scale(prior: AnyPrior | None) -> float:
     return 2.0 if prior is None else prior.default_guidance_scale
 
 
+def get_default_steps(prior: AnyPrior | None) -> int:
+    """Return the denoising steps of a prior where none are given; 25 where there is no prior."""
+    return 25 if prior is None else prior.default_steps
+
+
 @torch.no_grad()
 def sample_image_embeds(
     prior: AnyPrior | None,

@@ -414,7 +414,7 @@ def test_the_arithmetic_of_a_prior_of_release_1_1_0_is_that_of_its_own_release(t
     ours = load_model(DALLE2Prior, converted(state, {"prior": {"net": OLD_NET, **PRIOR}}, tmp_path, release="1.1.0"))
     got = ours(noise(2, WIDTH), torch.tensor([3, 30]), captions(3, 7))
     torch.testing.assert_close(got[:, :4], torch.tensor(OLD_PRIOR_SAYS), atol=1e-4, rtol=1e-4)
-    assert ours.config.usual_guidance == 1  # no release before 1.9.0 could be guided: what was dropped was not
+    assert ours.config.default_guidance_scale == 1  # no release before 1.9.0 could be guided: what was dropped was not
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_exported_prior_draws_in_its_pipeline_what_the_original_does(exported: Path):
     original, again = (Text2ImagePipeline.from_pretrained(EMOJI, **one) for one in ({}, {"prior": str(exported)}))
     assert again.prior.config.unit_length
-    assert again.prior.config.usual_guidance == original.prior.config.usual_guidance
+    assert again.prior.default_guidance_scale == original.prior.default_guidance_scale
     torch.testing.assert_close(draw(again), draw(original), atol=1e-4, rtol=0)
     assert PriorTransformer.from_pretrained(exported).dtype == torch.float32
 

@@ -202,3 +202,34 @@ def test_an_upsampler_is_taken_out_of_a_folder_of_before(pipeline: Any, tmp_path
     Text2ImagePipeline.from_pipe(pipeline, **parts).save_pretrained(tmp_path)
     assert "t2i.upsampler" in modules_of(in_old_layout(tmp_path))
     assert isinstance(UpsamplePipeline.from_pretrained(tmp_path).upsampler, Upsampler)
+
+
+def edit_config(component: Path, **changes: Any) -> None:
+    config = json.loads((component / "config.json").read_text())
+    (component / "config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+
+
+def test_each_model_has_the_sampling_defaults_that_its_configuration_stores(pipeline: Any, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    edit_config(tmp_path / "prior", default_steps=3, default_guidance_scale=1.0)
+    edit_config(tmp_path / "decoder", default_steps=2, default_guidance_scale=1.25)
+    quick = Text2ImagePipeline.from_pretrained(tmp_path)
+    given = {"prior_num_inference_steps": 3, "prior_guidance_scale": 1.0, "num_inference_steps": 2}
+    expected = pipeline("red circle", generator=torch.Generator().manual_seed(0), guidance_scale=1.25, **given)
+    drawn = quick("red circle", generator=torch.Generator().manual_seed(0))
+    assert drawn.images[0].tobytes() == expected.images[0].tobytes()
+    # They stay with the model
+    quick.save_pretrained(tmp_path / "again")
+    again = Text2ImagePipeline.from_pretrained(tmp_path / "again").resolve_options()
+    assert (again.prior.prior_num_inference_steps, again.decoder.num_inference_steps) == (3, 2)
+
+
+def test_a_prior_of_before_keeps_its_guidance_and_a_model_without_stored_defaults_has_those_of_its_class(
+    pipeline: Any, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path)
+    edit_config(tmp_path / "prior", default_steps=None, default_guidance_scale=None, usual_guidance=4.5)
+    edit_config(tmp_path / "decoder", default_steps=None, default_guidance_scale=None)
+    options = Text2ImagePipeline.from_pretrained(tmp_path).resolve_options()
+    assert options.prior.prior_guidance_scale.scale == 4.5 and options.decoder.guidance_scale.scale == 1.5
+    assert (options.prior.prior_num_inference_steps, options.decoder.num_inference_steps) == (25, 25)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
-from t2i.diffusion.denoiser import PriorMixin
+from t2i.diffusion.denoiser import PriorMixin, StoredDefaults
 from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, embed_timesteps
 from t2i.networks.decoder import build_null_embeds
 from t2i.networks.linear import Linear
@@ -33,7 +33,7 @@ class DALLE2PriorContext:
     dropped: Tensor  # (B,), bool: it is the null condition
 
 
-class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
+class DALLE2Prior(StoredDefaults, PriorMixin, ModelMixin, ConfigMixin):
     """Denoiser of z_i times `embed_scale`, given a TextEncoding.
 
     The null condition is the zero z_t. It selects the learned tokens of "no caption", which replace the noisy z_i too.
@@ -51,7 +51,7 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
         learned_null: True from release 1.9.0 on. Older models have no learned null: guidance is off by default, and its
             null is the zero z_t with padding alone, which they never saw in training.
         embed_scale: None is sqrt(embed_dim).
-        usual_guidance: default guidance scale.
+        default_steps, default_guidance_scale: of sampling, where none are given.
     """
 
     _no_split_modules = ["Layer"]
@@ -79,7 +79,8 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
         old_attention: bool = False,
         learned_null: bool = True,
         embed_scale: float | None = None,
-        usual_guidance: float = 1.0,
+        default_steps: int = 25,
+        default_guidance_scale: float = 1.0,
         clip_fingerprint: str | None = None,
         learned_variance: bool = False,
     ):
@@ -93,10 +94,6 @@ class DALLE2Prior(PriorMixin, ModelMixin, ConfigMixin):
     def states_width(self) -> int | None:
         """Dimensions of the CLIP token states that the prior reads; None if it reads none."""
         return self.config.embed_dim if self.config.reads_captions else None
-
-    @property
-    def default_guidance_scale(self) -> float:
-        return self.config.usual_guidance
 
     @run_like_forward
     def forward(self, x: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
