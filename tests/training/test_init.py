@@ -84,12 +84,12 @@ def test_every_written_configuration_loads_and_builds_its_model(facts, device, i
             assert config.train.batch_size <= facts.pictures and config.train.output == str(tmp_path / "run" / stage)
 
 
-def test_the_data_and_device_of_the_shipped_model_give_its_configurations():
+def test_the_emoji_on_two_cores_give_the_configurations_of_the_quick_recipe():
     """Of the models and of how long they are trained: the anchor of the table."""
     files = compose_recipe(Path("run"), EMOJI, CPU).files
     for stage in ("clip", "autoencoder", "prior", "decoder"):
         ours = yaml.safe_load(files[stage])
-        theirs = yaml.safe_load((Path(__file__).parents[2] / f"configs/emoji/{stage}.yaml").read_text())
+        theirs = yaml.safe_load((Path(__file__).parents[2] / f"configs/emoji-quick/{stage}.yaml").read_text())
         assert ours["model"] == theirs["model"] and ours["train"]["batch_size"] == theirs["train"]["batch_size"]
         assert ours["train"]["steps"] == pytest.approx(theirs["train"]["steps"], rel=0.02)
 
