@@ -4,6 +4,7 @@ Or some of them: python docs/gallery.py [--data data/emoji] [--out docs/images] 
 """
 
 import argparse
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch import Generator
 
 from t2i.data.pictures import open_image, to_tensor
 from t2i.diffusion.guidance import Guidance
-from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix
+from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
+from t2i.evaluation.emoji.real_emoji import RealEmoji
 from t2i.files.model_folder import load_model
 from t2i.networks.autoregressive_prior import AutoregressivePrior
 from t2i.sampling.steering import Steering, load_classifier
@@ -35,6 +37,7 @@ MODELS = ROOT / "models"
 PROMPTS = ["a cat", "red apple", "sunflower", "waving hand: dark skin tone", "snowman", "red heart"]
 CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW = "1f431", "1f34e", "1f680", "26c4", "1f98a", "1f308"  # emoji in data/emoji
 NAMES = ["cat face", "red apple", "rocket", "snowman", "fox", "rainbow"]
+PAIRS, PAIR_COLUMNS, PAIR_SIDE = 64, 6, 64  # of the sheet of drawn and real emoji; sides in pixels
 MAX_BYTES = 300_000  # of one image in the documents
 Rows = dict[str, list[Image.Image | None]]
 
@@ -200,18 +203,36 @@ def draw_previews(gallery: Gallery) -> Image.Image:
     def keep(preview: Any) -> None:
         rows[preview.stage].append(preview.images()[0])
 
-    gallery.draw(["a cat"], on_preview=keep, preview_every=5, prior_candidates=1)
+    steps = {"num_inference_steps": 25, "prior_num_inference_steps": 25}
+    gallery.draw(["a cat"], on_preview=keep, preview_every=5, prior_candidates=1, **steps)
     return build_labelled_rows(rows, [f"step {step}" for step in (5, 10, 15, 20, 25)])
 
 
 def draw_upsampling(gallery: Gallery) -> Image.Image:
-    pictures = gallery.emoji(CAT, APPLE, ROCKET, SNOWMAN)
-    small = [picture.resize((64, 64), Image.Resampling.BICUBIC) for picture in pictures]
-    rows: Rows = {"64 x 64, enlarged": [image.resize((128, 128), Image.Resampling.BICUBIC) for image in small]}
+    drawn = gallery.draw(PROMPTS[:4])
+    rows: Rows = {"drawn, enlarged": [image.resize((256, 256), Image.Resampling.BICUBIC) for image in drawn]}
     pipeline = UpsamplePipeline.from_pretrained(MODELS / "emoji-upsampler")
-    rows["upsampler"] = pipeline(small, generator=gallery.generators(4)).images
-    rows["picture"] = [*pictures]
-    return build_labelled_rows(rows, NAMES[:4])
+    rows["upsampler"] = pipeline(drawn, generator=gallery.generators(4)).images
+    return build_labelled_rows(rows, PROMPTS[:4])
+
+
+def draw_pairs(gallery: Gallery) -> Image.Image:
+    """Draw 64 things, each beside the real one, and print which of each pair was drawn: the order is random."""
+    real = RealEmoji(gallery.data)
+    things = [record for record in real.records if real.kinds[record.index] == "things" and record.split == "train"]
+    random.Random(0).shuffle(things)
+    sides, gap = random.Random(1), PAIR_SIDE // 16
+    width, height = 2 * PAIR_SIDE + 6 * gap, PAIR_SIDE + 4 * gap
+    sheet = Image.new("RGB", (PAIR_COLUMNS * width, -(-PAIRS // PAIR_COLUMNS) * height), "white")
+    drawn = gallery.draw([record.text for record in things[:PAIRS]])
+    is_left = [sides.random() < 0.5 for _ in drawn]
+    for i, pair in enumerate(zip(drawn, to_pil_images(real.load_images(things[:PAIRS])))):
+        row, column = divmod(i, PAIR_COLUMNS)
+        for side, one in enumerate(pair if is_left[i] else pair[::-1]):
+            place = (column * width + 2 * gap + side * (PAIR_SIDE + gap), row * height + 2 * gap)
+            sheet.paste(one.resize((PAIR_SIDE, PAIR_SIDE), Image.Resampling.LANCZOS), place)
+    print("drawn:", " ".join("left" if left else "right" for left in is_left))
+    return sheet
 
 
 @torch.no_grad()
