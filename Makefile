@@ -4,6 +4,7 @@
 # make test-all every test but the full sweep of `make faults`, and `make test-deploy`: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
 # make docs build the site of the documents in build/site, offline; a broken link stops it
+# make emoji  train the shipped model anew, all stages, as a run that resumes: five hours on two cores
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   tests of `t2i serve` under load, an hour: a table of what was wanted and measured
@@ -13,13 +14,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test test-all test-deploy lint format faults docs gallery bench soak clean
+.PHONY: demo serve emoji test test-all test-deploy lint format faults docs gallery bench soak clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
 
 serve: $(VENV)/installed
 	@$(BIN)/t2i serve $(SERVE)
+
+# The fonts and names are Debian's: fonts-noto-color-emoji unicode-data unicode-cldr-core libfribidi0
+emoji: $(VENV)/installed
+	[ -d data/emoji ] || $(BIN)/t2i data emoji data/emoji --keywords all
+	[ -d data/emoji-256 ] || $(BIN)/t2i data emoji data/emoji-256 --size 256
+	$(BIN)/t2i train all configs/emoji --out runs/emoji
 
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
