@@ -25,7 +25,7 @@ def test_its_folder_is_pinned_and_at_most_48_megabytes():
         "_class_name": ["pipeline", "Text2ImagePipeline"],  # for diffusers
         "autoencoder": ["t2i.networks.autoencoder", "Autoencoder"],
         "clip": ["t2i.networks.clip", "CLIP"],
-        "decoder": ["t2i.networks.unet_decoder", "UNetDecoder"],
+        "decoder": ["t2i.networks.decoder", "Decoder"],
         "decoder_scheduler": ["diffusers", "DDIMScheduler"],
         "prior": ["t2i.networks.prior", "Prior"],
         "prior_scheduler": ["diffusers", "DDIMScheduler"],
