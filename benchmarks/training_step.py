@@ -41,6 +41,7 @@ from t2i.runtime.processes import ProcessWatch
 WARM_UP = 3
 BATCHES = 64  # made ahead, used one after the other
 QUIET = ["train.output=unused", "train.trackers=[]", "train.sample_every=0", "train.dry_run=true"]  # writes nothing
+QUIET += ["data.balance_by=null", "data.in_sentence=0", "data.sentences=null"]  # and needs no data
 
 
 class RandomEncodings(SampleDataset):

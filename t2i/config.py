@@ -132,6 +132,13 @@ def check_fields(config: Any, prefix: str = "", **ranges: tuple[float, float]) -
         check_range(f"{prefix}{name}", getattr(config, name), low, high)
 
 
+def resolve_shipped_file(path: Path) -> Path:
+    """Return the path; for one below `configs/` that does not exist here, that of the shipped file."""
+    if not path.is_file() and path.parts[:1] == ("configs",):  # outside a checkout
+        return CONFIG_FOLDER.joinpath(*path.parts[1:])
+    return path
+
+
 def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
     """Read `[FILE.yaml] [key=value ...]` into a `config_class`; later values replace earlier ones.
 
@@ -148,8 +155,7 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
     arguments = list(arguments)
     has_file = bool(arguments) and "=" not in arguments[0]
     path = Path(arguments.pop(0)) if has_file else CONFIG_FOLDER / "emoji" / f"{stage}.yaml"
-    if not path.is_file() and path.parts[:1] == ("configs",):  # a shipped file, outside a checkout
-        path = CONFIG_FOLDER.joinpath(*path.parts[1:])
+    path = resolve_shipped_file(path)
     if not path.is_file():
         raise InputError(f"no configuration file {str(path)!r}; give one, such as configs/emoji/{stage}.yaml")
     for argument in arguments:

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2i.config import resolve_shipped_file
 from t2i.errors import InputError
 from t2i.texts import normalize_text, read_lines
 
@@ -35,7 +36,7 @@ class CaptionMix:
     @classmethod
     def read(cls, keyword_alone: float, in_sentence: float, file: str | None) -> "CaptionMix":
         """Return the mix with the sentences of a text file, one a line. Raises InputError for a wrong line."""
-        return cls(keyword_alone, in_sentence, read_sentences(Path(file)) if file else ())
+        return cls(keyword_alone, in_sentence, read_sentences(resolve_shipped_file(Path(file))) if file else ())
 
     @property
     def sentences_digest(self) -> str | None:

@@ -49,7 +49,6 @@ def test_the_help_shows_the_defaults_that_the_pipelines_have():
         return re.search(r"\[default: (.*)\]", parameter.help)[1]
 
     upsampling = inspect.signature(UpsamplePipeline.__call__).parameters
-    assert shown("generate", "prior_steps") == str(PriorOptions.prior_num_inference_steps)
     assert shown("generate", "candidates") == str(PriorOptions.prior_candidates)
     assert shown("generate", "upsample") == str(DecoderOptions.upsample)
     assert shown("upsample", "steps") == str(upsampling["num_inference_steps"].default)

@@ -55,7 +55,7 @@ def test_settings_that_a_prior_does_not_have_are_named(capsys):
     assert lines == [f"warning: {name} has no effect without a prior" for name in named]
     warn_of_idle_settings(RegressionPrior(8, 8, "mlp", 8), steps=9, candidates=8, guidance=3.0, temperature=0.5)
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == named[:2]
-    warn_of_idle_settings(None, steps=25, candidates=2, guidance=None, temperature=None)
+    warn_of_idle_settings(None, steps=None, candidates=2, guidance=None, temperature=None)
     assert not capsys.readouterr().err
 
 

@@ -76,3 +76,12 @@ def test_a_tokenizer_is_trained_on_the_sentences_too(shapes, tmp_path):
     file.write_text("my {} sleeps\n", encoding="utf-8")
     dataset = CaptionedPictures(DataConfig(str(shapes), 32, 0, in_sentence=0.5, sentences=str(file)))
     assert list(dataset.iterate_texts())[-1] == "my {} sleeps"
+
+
+def test_shipped_sentences_are_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = "configs/emoji/sentences.txt"
+    assert len(CaptionMix.read(0, 0.3, file).sentences) > 1000
+    (tmp_path / "configs/emoji").mkdir(parents=True)
+    (tmp_path / file).write_text("one {}\n")  # the one of this folder comes first
+    assert CaptionMix.read(0, 0.3, file).sentences == ("one {}",)
