@@ -61,13 +61,11 @@ class StoredDefaults:
 class PriorMixin:
     """Defaults of what pipelines read of a prior; a prior overrides what differs.
 
-    default_steps: of a pipeline, where none are given.
     needs_scheduler: z_i is denoised, by `t2i.sampling.sample.sample_prior`; other priors return it by themselves.
     prepares_timesteps: `prepare` also takes the timesteps of the sampling, (S,), and computes their tokens ahead.
     takes_noise, takes_temperature, takes_guidance: options that have an effect. control_factor: as of a decoder.
     """
 
-    default_steps = 25
     needs_scheduler = True
     prepares_timesteps = False
     takes_noise, takes_temperature, takes_guidance = True, False, True
@@ -76,6 +74,11 @@ class PriorMixin:
     def count_steps(self, steps: int) -> int:
         """Return the number of steps that it takes where `steps` are asked for."""
         return steps
+
+    @property
+    def default_steps(self) -> int:
+        """The denoising steps where none are given."""
+        return 25
 
     @property
     def default_guidance_scale(self) -> float:
@@ -91,13 +94,21 @@ class PriorMixin:
 class DecoderMixin:
     """Defaults of what pipelines read of a decoder; a decoder overrides what differs.
 
-    default_steps, default_guidance_scale: of a pipeline, where none are given. control_factor: pixels of the control
-    image that it reads, along a side of a latent; None if it reads none.
+    control_factor: pixels of the control image that it reads, along a side of a latent; None if it reads none.
     """
 
-    default_steps, default_guidance_scale = 25, 1.5
     needs_scheduler = True
     control_factor: int | None = None
+
+    @property
+    def default_steps(self) -> int:
+        """The denoising steps where none are given."""
+        return 25
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance scale where none is given; 1 is off."""
+        return 1.5
 
     @property
     def states_width(self) -> int | None:

@@ -16,10 +16,10 @@ from diffusers import (
 )
 from torch import Generator, Tensor
 
-from t2i.checks import check_range
+from t2i.checks import check_integer, check_range
 from t2i.diffusion.denoiser import Predict, PredictTransform, StepCallback
 from t2i.diffusion.flow import LEVEL_SCHEDULERS, TAKING_FLOW_SCHEDULERS, choose_flow_levels, is_flow
-from t2i.diffusion.guidance import Guidance
+from t2i.diffusion.guidance import MAX_GUIDANCE_SCALE, Guidance
 from t2i.diffusion.process import own_alpha_sigma, predict_x0, scale_input, split_variance
 from t2i.errors import InputError
 
@@ -32,6 +32,12 @@ TAKING_SCHEDULERS = {
     "timesteps": "the samplers ddim, ddpm and dpmsolver++ take them",
     "sigmas": "EulerDiscreteScheduler takes them",
 }
+
+
+def check_sampling_defaults(default_steps: int, default_guidance_scale: float) -> None:
+    """Refuse sampling defaults of a model's configuration that no pipeline would take. Raises InputError."""
+    check_integer("default_steps", default_steps, 1, MAX_STEPS)
+    check_range("default_guidance_scale", default_guidance_scale, 0, MAX_GUIDANCE_SCALE)
 
 
 @dataclass(frozen=True)

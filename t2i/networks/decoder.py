@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from t2i.diffusion.condition import ImageCondition, TokenStates
 from t2i.diffusion.denoiser import DecoderMixin, StoredDefaults
+from t2i.diffusion.sampling_loop import check_sampling_defaults
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -119,6 +120,7 @@ class Decoder(ImageTokensMixin, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
+        check_sampling_defaults(default_steps, default_guidance_scale)
         if latent_size % patch_size or width % 4:
             allowed = f"patch_size must divide latent_size {latent_size}, and width must be a multiple of 4"
             raise ValueError(f"{allowed}; got {patch_size} and {width}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin, StoredDefaults
+from t2i.diffusion.sampling_loop import check_sampling_defaults
 from t2i.networks.layers import (
     Attention,
     KeyValue,
@@ -80,6 +81,7 @@ class Prior(StoredDefaults, PriorMixin, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
+        check_sampling_defaults(default_steps, default_guidance_scale)
         # What enters the sequence, and the learned query
         self.from_states = Linear(text_width, width)
         self.from_text = Linear(embed_dim, width)

@@ -11,6 +11,7 @@ from torch import Tensor
 from t2i.checks import check_integer
 from t2i.diffusion.condition import ImageCondition
 from t2i.diffusion.denoiser import DecoderMixin
+from t2i.diffusion.sampling_loop import check_sampling_defaults
 from t2i.networks.decoder import ImageTokensMixin, concat_masks, count_input_channels, resolve_masked_latents
 from t2i.networks.linear import Linear, use_onednn_linear
 from t2i.networks.unet_steps import UNetStepContext, prepare_unet_context, run_unet_step
@@ -100,6 +101,7 @@ class UNetDecoder(ImageTokensMixin, UNetDenoiser, ModelMixin):
         default_guidance_scale: float = 1.5,
     ):
         super().__init__()
+        check_sampling_defaults(default_steps, default_guidance_scale)
         check_integer("latent_size", latent_size, 1, 1024)  # first, since no tensor of the model has this size
         self.to_tokens = Linear(embed_dim, image_tokens * context_width)
         self.from_text = None if text_width is None else Linear(text_width, context_width)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from t2i.checks import check_integer
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.denoiser import PriorMixin, StoredDefaults
+from t2i.diffusion.sampling_loop import check_sampling_defaults
 from t2i.networks.dalle2.layers import OLD_BIAS_SCALE, Attention, KeyValue, Norm, embed_timesteps
 from t2i.networks.decoder import build_null_embeds
 from t2i.networks.linear import Linear
@@ -85,6 +86,7 @@ class DALLE2Prior(StoredDefaults, PriorMixin, ModelMixin, ConfigMixin):
         learned_variance: bool = False,
     ):
         super().__init__()
+        check_sampling_defaults(default_steps, default_guidance_scale)
         check_integer("context_length", context_length, 1, 1024)
         check_integer("depth", depth, 1, 1024)
         self.embed_scale = embed_dim**0.5 if embed_scale is None else embed_scale
