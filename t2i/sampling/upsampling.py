@@ -57,8 +57,7 @@ def sample_upsampler(
         sampling: its noise is drawn for whole images, so that it does not depend on the tiles; x in its `on_step` and
             `transform` has the sides that the network takes, with the image as its upper left part.
         z_i: (N, D), unit length, for upsamplers that take it.
-        level: noise of the noise-conditioning augmentation, up to the upsampler's `max_level`: more lets it redraw
-            more.
+        level: noise of the noise-conditioning augmentation, up to the upsampler's `max_level`: more redraws more.
         tile, overlap: larger images are denoised in overlapping windows of `tile` x `tile` pixels of the high
             resolution, whose predictions are blended in every step, so that the window bounds the memory of a step.
             Both are multiples of the upsampler's `image_size_multiple`; overlap None is an eighth of the window.
