@@ -52,7 +52,8 @@ def test_lengths_are_measured_by_the_tokenizer_of_the_clip_that_is_named(shapes)
     assert len(own.caption_lengths) == len(public.caption_lengths) == 32
     tokenizer = find_clip_tokenizer("ViT-B-32:laion2b_s34b_b79k")
     assert tokenizer is not None
-    [dataset] = [open_datasets(load_config(train_clip.Config, "clip", [f"data.path={shapes}"]).data)["train"]]
+    config = load_config(train_clip.Config, "clip", [str(CONFIGS / "tiny/clip.yaml"), f"data.path={shapes}"])
+    dataset = open_datasets(config.data)["train"]
     assert list(public.caption_lengths) == measure_caption_lengths(dataset, tokenizer)
     assert find_clip_tokenizer("ViT-B-16-SigLIP:webli") is None  # its tokenizer takes the network
 
