@@ -4,7 +4,7 @@
 # make test-all every test but the full sweep of `make faults`, and `make test-deploy`: 12 to 18 minutes on two cores
 # make lint   ruff and mypy
 # make docs build the site of the documents in build/site, offline; a broken link stops it
-# make emoji  train the shipped model anew, all stages, as a run that resumes: five hours on two cores
+# make emoji  train the shipped model anew, all stages, as a run that resumes: seven hours of a core
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   tests of `t2i serve` under load, an hour: a table of what was wanted and measured
