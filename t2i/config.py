@@ -139,10 +139,17 @@ def resolve_shipped_file(path: Path) -> Path:
     return path
 
 
+def find_default_configuration(stage: str) -> Path:
+    """Return the default file of a stage: that of `emoji-quick`, or of `emoji` where it lacks the stage."""
+    # configs/emoji balances concepts and fills sentences, for which most data have no columns
+    files = [CONFIG_FOLDER / recipe / f"{stage}.yaml" for recipe in ("emoji-quick", "emoji")]
+    return files[0] if files[0].is_file() else files[1]
+
+
 def load_config(config_class: type[Config], stage: str, arguments: list[str]) -> Config:
     """Read `[FILE.yaml] [key=value ...]` into a `config_class`; later values replace earlier ones.
 
-    Without a file: `configs/emoji/{stage}.yaml`. A path below `configs/` that does not exist is that of a shipped file.
+    Without a file: that of `find_default_configuration`. A missing path below `configs/` is that of a shipped file.
     Raises InputError for a key that does not exist, a value of the wrong type or out of range, or a required value that
     is missing.
     """
@@ -154,10 +161,10 @@ def load_config(config_class: type[Config], stage: str, arguments: list[str]) ->
     # Split the arguments into a file and overrides
     arguments = list(arguments)
     has_file = bool(arguments) and "=" not in arguments[0]
-    path = Path(arguments.pop(0)) if has_file else CONFIG_FOLDER / "emoji" / f"{stage}.yaml"
+    path = Path(arguments.pop(0)) if has_file else find_default_configuration(stage)
     path = resolve_shipped_file(path)
     if not path.is_file():
-        raise InputError(f"no configuration file {str(path)!r}; give one, such as configs/emoji/{stage}.yaml")
+        raise InputError(f"no configuration file {str(path)!r}; give one, such as configs/tiny/{stage}.yaml")
     for argument in arguments:
         if "=" not in argument:
             raise InputError(f"an override must have the form key=value, such as train.steps=100, got {argument!r}")

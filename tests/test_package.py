@@ -128,7 +128,7 @@ def test_the_installed_wheel_finds_its_configurations(environment: Path, tmp_pat
 from t2i.config import load_config
 from t2i.training.recipe import recipe
 from t2i.training.train_prior import Config
-assert load_config(Config, "prior", []) == load_config(Config, "prior", ["configs/emoji/prior.yaml"])
+assert load_config(Config, "prior", []) == load_config(Config, "prior", ["configs/emoji-quick/prior.yaml"])
 assert recipe.TEMPLATES.is_dir() and [*recipe.TEMPLATES.glob("*.yaml")]
 """
     run(environment / "bin/python", "-c", code, cwd=tmp_path)

@@ -76,6 +76,8 @@ class Config:
     text_encoder_tokens: int = 128  # of a caption at most, within the encoder's limit; longer captions are cut
     text_encoder_dtype: str = "float32"  # or bfloat16 or float16, which take half the memory
     embedding_dropout: float = 0.1
+    # Noise on the z_i of training, as a part of their length: less bound to the very z_i of the training images
+    embedding_noise: float = 0.0
     caption_dropout: float = 0.5
     reads_masks: bool = False  # for inpainting: the latents to keep are an input beside the noisy ones
     timestep_shift: float = 1.0  # above 1, high noise is drawn more often
@@ -101,7 +103,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("architecture", self.architecture, tuple(ARCHITECTURES))
-        check_fields(self, embedding_dropout=(0, 1), caption_dropout=(0, 1))
+        check_fields(self, embedding_dropout=(0, 1), embedding_noise=(0, 10), caption_dropout=(0, 1))
         check_fields(self, timestep_shift=(0.01, 100), min_snr_gamma=(0.01, 1000), text_encoder_tokens=(3, MAX_TOKENS))
         check_fields(self, logit_mean=(-10, 10), logit_std=(0.01, 10))
         self.check_loss(build_noise_scheduler(self.scheduler))
@@ -207,6 +209,9 @@ def build_training_condition(config: Config, decoder: Any, batch: Batch) -> Imag
     if decoder.noise_levels is not None:  # Stable unCLIP: any level, as it is told of in sampling
         levels = torch.randint(decoder.noise_levels, (len(z_i),), device=z_i.device)
         z_i = decoder.noise_image_embeds(z_i, torch.randn_like(z_i), levels)
+    if config.embedding_noise:
+        noise = torch.randn_like(z_i) * z_i.norm(dim=-1, keepdim=True) / z_i.shape[-1] ** 0.5
+        z_i = z_i + config.embedding_noise * noise
     # z_i and the captions are dropped apart, so that guidance can leave out either or both.
     null = decoder.null(len(latents)).expand()
     text: Any = ImageCondition(z_i, batch.text if batch.tokens is None else batch.tokens).text

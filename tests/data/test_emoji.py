@@ -320,6 +320,9 @@ def test_styles_are_a_column_and_evaluated_by_style(tmp_path, style_archives, em
         **dict.fromkeys(["1f355.png", "1f44b.png", "1f44b-1f3fb.png", "2764-fe0f.png", "1f1eb-1f1f7.png"], "noto"),
         **dict.fromkeys(["3d-1f355.png", "3d-2764-fe0f.png"], "3D"),
     }
+    emoji_of = read_labels(manifest, "emoji")
+    assert emoji_of["1f355.png"] == emoji_of["3d-1f355.png"] == "pizza"
+    assert emoji_of["1f44b-1f3fb.png"] == "waving hand"
     real = RealEmoji(tmp_path / "data")
     chosen = {kind: [record.text for record in records] for kind, records in real.choose_captions().items()}
     assert chosen["held-out styles"] == ["pizza, 3D"] and chosen["3D"] == ["red heart, 3D"]

@@ -9,7 +9,7 @@ from t2i.training.train_decoder import ARCHITECTURES
 from t2i.training.train_prior import ARCHITECTURES as PRIORS
 from t2i.training.train_prior import collect_clip_arguments, collect_model_arguments
 
-from t2i.config import CONFIG_FOLDER, load_config
+from t2i.config import CONFIG_FOLDER, find_default_configuration, load_config
 from t2i.data.cache import ClipFacts
 from t2i.diffusion.flow import get_prediction_type
 from t2i.diffusion.process import build_noise_scheduler
@@ -102,6 +102,12 @@ def make_scheduler(config) -> None:
     with torch.device("cpu"):
         kind = get_prediction_type(build_noise_scheduler(config.scheduler))
         assert kind in ("sample", "v_prediction", "flow_prediction")
+
+
+def test_a_stage_without_a_file_takes_the_recipe_that_fits_any_data_where_it_has_the_stage():
+    assert find_default_configuration("clip") == CONFIG_FOLDER / "emoji-quick/clip.yaml"
+    assert config_of(find_default_configuration("clip")).data.balance_by is None
+    assert find_default_configuration("upsampler") == CONFIG_FOLDER / "emoji/upsampler.yaml"
 
 
 def test_configurations_exist_for_every_stage_and_size():

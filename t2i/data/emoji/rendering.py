@@ -27,6 +27,7 @@ from t2i.files.atomic import create_folder_atomically
 from t2i.progress import Progress
 
 LABEL_COLUMNS = ("group", "subgroup", "concept", "kind")  # the first is that of classifiers
+STYLE_COLUMNS = ("style", "emoji")  # an emoji in all styles and skin tones is one value of "emoji"
 
 
 def render_emoji(
@@ -76,10 +77,10 @@ def render_emoji(
     ):
         for item, image in progress.iterate(draw_all()):
             image.save(unfinished / item.file_name, optimize=True)
-            row = item.build_row() | ({"style": item.style or "noto"} if sets else {})
+            row = item.build_row() | ({"style": item.style or "noto", "emoji": item.concept} if sets else {})
             metadata.write(json.dumps(row, ensure_ascii=False) + "\n")
             drawn.append(item)
-    columns = Columns(labels=(*LABEL_COLUMNS, "style") if sets else LABEL_COLUMNS)
+    columns = Columns(labels=(*LABEL_COLUMNS, *STYLE_COLUMNS) if sets else LABEL_COLUMNS)
     write_manifest(folder, columns=columns, quiet=True)
     return drawn
 

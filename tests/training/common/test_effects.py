@@ -29,8 +29,8 @@ ALWAYS = {
     "autoencoder": "model init kl_weight perceptual_weight adversarial_weight",
     "prior": "clip cache architecture model init scheduler caption_dropout timestep_shift loss_weighting "
     "explained_variance",
-    "decoder": "clip autoencoder cache architecture model init scheduler reads_captions embedding_dropout reads_masks "
-    "timestep_shift loss_weighting",
+    "decoder": "clip autoencoder cache architecture model init scheduler reads_captions embedding_dropout "
+    "embedding_noise reads_masks timestep_shift loss_weighting",
     "upsampler": "model factor crop_size cache blur_probability max_blur init scheduler timestep_shift loss_weighting",
     "classifier": "clip autoencoder cache model scheduler embedding_weight",
     "cache": "output clip autoencoder text text_encoder batch_size shard_size mixed_precision dtype",
