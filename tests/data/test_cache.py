@@ -29,6 +29,7 @@ from t2i.diffusion.condition import TextEncoding
 from t2i.errors import InputError
 from t2i.files.fingerprints import compute_stored_fingerprint, compute_weights_fingerprint
 from t2i.interop.by_name import load_autoencoder, load_clip
+from tests.helpers.processes.forked import ForkedProgram, run_program
 from tests.helpers.stages import CONFIGS, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,16 +148,15 @@ def test_statistics_keep_their_precision_where_the_mean_is_far_from_zero():
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(shapes, runs, finished, tmp_path):
     folder = tmp_path / "cache"
-    command = [sys.executable, str(ROOT / "training/cache_data.py"), *arguments(shapes, runs, folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [ROOT / "training/cache_data.py", *arguments(shapes, runs, folder)]
     # Images that are read slowly make sure that shards are missing when the signal comes.
-    slow = tmp_path / "sitecustomize.py"
+    slow = tmp_path / "slow.py"
     slow.write_text(
-        "import PIL.Image, time\nread = PIL.Image.open\n"
+        "import PIL.Image, runpy, sys, time\nread = PIL.Image.open\n"
         "def late(*given, **more):\n    time.sleep(0.02)\n    return read(*given, **more)\nPIL.Image.open = late\n"
+        "del sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    broken = {**environment, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    process = subprocess.Popen(command, env=broken, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = ForkedProgram([slow, *command])
     deadline = time.monotonic() + 120
     while not (folder / "train-00001.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -167,16 +167,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(shapes, runs, finishe
     with pytest.raises(InputError, match="is not finished; `t2i data cache .*config.yaml output=.*` finishes it"):
         train("prior", shapes, tmp_path, cache=folder, clip=runs / "clip")
     kept = (folder / "train-00000.safetensors").stat().st_mtime_ns
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert run_program(command).returncode == 0
     assert contents(folder) == contents(finished)
     assert (folder / "train-00000.safetensors").stat().st_mtime_ns == kept
 
 
 def test_two_processes_make_the_same_shards_as_one(shapes, runs, finished, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command += [str(ROOT / "training/cache_data.py"), *arguments(shapes, runs, tmp_path / "cache")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [ROOT / "training/cache_data.py", *arguments(shapes, runs, tmp_path / "cache")]
+    result = run_program(command, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "32 images of train, 4 images of held_out" in result.stdout
     names = sorted(path.name for path in finished.glob("*.safetensors"))

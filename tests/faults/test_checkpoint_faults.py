@@ -24,13 +24,20 @@ from t2i.errors import RESUMABLE_STATUS, InputError, RunError, RunStopped
 from t2i.runtime.processes import SIGNAL_REPEAT_SECONDS
 from tests.faults import tiny_run
 from tests.faults.record import fault, record
+from tests.helpers.processes.forked import ForkedProgram
 
 SCRIPT = Path(tiny_run.__file__)
 CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir", "open")  # of os: what changes the disk, and shutil's way to it
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 
 
-def start(
+def start(folder: Path, *arguments: str, processes: int = 1, **more: str) -> ForkedProgram:
+    """A tiny run in processes of its own, without a launcher."""
+    command = [SCRIPT, folder, *arguments]
+    return ForkedProgram(command, processes, {**os.environ, "OMP_NUM_THREADS": "1", **more}, merged=True)
+
+
+def launch(
     folder: Path,
     *arguments: str,
     processes: int = 1,
@@ -38,7 +45,7 @@ def start(
     limit: Callable[[], None] | None = None,
     **more: str,
 ) -> subprocess.Popen:
-    """A tiny run in processes of its own."""
+    """A tiny run as a user starts it, several processes by torchrun."""
     command = [sys.executable, str(SCRIPT), str(folder), *arguments]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -50,7 +57,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen | ForkedProgram, seconds: float = 120) -> tuple[int, str]:
     """Exit status and output."""
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
@@ -62,7 +69,7 @@ def contents(folder: Path, step: int = 12) -> dict[str, str]:
     return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES[:3]}
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | ForkedProgram, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
@@ -360,13 +367,13 @@ def test_a_stopped_run_ends_bit_for_bit_like_the_unbroken_one(tmp_path, workers,
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_killed_by_force_ends_bit_for_bit_like_the_unbroken_one(tmp_path, processes, workers, accumulation):
     settings = [f"gradient_accumulation={accumulation}", f"workers={workers}", "steps=30"]
-    assert finish(start(tmp_path / "unbroken", *settings, processes=processes))[0] == 0
+    assert finish(launch(tmp_path / "unbroken", *settings, processes=processes))[0] == 0
     survived = 0
     for step in (2, 7, 11):
         folder = tmp_path / f"broken-{step}"
         fault = f"die:{processes - 1}:{step * accumulation}"
-        assert finish(start(folder, *settings, fault, processes=processes))[0] != 0
-        status, output = finish(start(folder, *settings, processes=processes))
+        assert finish(launch(folder, *settings, fault, processes=processes))[0] != 0
+        status, output = finish(launch(folder, *settings, processes=processes))
         assert status == 0, output
         survived += contents(folder, 30) == contents(tmp_path / "unbroken", 30)
     kind = f"{processes} processes, {workers} workers, {accumulation} micro-batches"
@@ -431,7 +438,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_ends_the_run_after_three_tri
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # Python ignores the signal: writing fails instead
 
-    status, output = finish(start(tmp_path, limit=limit, PYTHONDONTWRITEBYTECODE="1"))
+    status, output = finish(launch(tmp_path, limit=limit, PYTHONDONTWRITEBYTECODE="1"))
     assert status == 1 and output.count("could not be saved") == 3, output
     assert "step-00000003 is kept" in output and "Traceback" not in output
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]

@@ -26,6 +26,7 @@ from t2i.data.pictures import decode_image, silence_pillow
 from t2i.data.reasons import RejectedSample
 from t2i.errors import InputError
 from tests.faults.record import record
+from tests.helpers.processes.forked import run_program
 from tests.helpers.samples import COLORS, add, checked, color_of, picture, reasons
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,9 +308,7 @@ def test_links_devices_and_sockets_in_a_folder_are_not_read(tmp_path):
     (tars / "2.tar").symlink_to("/dev/zero")
     code = "import sys; from t2i.cli import main\nfor name in sys.argv[1:]:\n sys.argv[1:] = ['data', 'check', name]\n"
     code += " try: main()\n except SystemExit as end: assert not end.code"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, str(folder), str(tars)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = run_program(["-c", code, folder, tars], 120)
     assert result.returncode == 0, result.stderr[-2000:]
     expected = {"link.png": "outside_folder", "broken.png": "missing_file", "circle.png": "unreadable"}
     expected |= {"device.png": "outside_folder", "up.png": "outside_folder", "pipe.png": "not_a_file"}

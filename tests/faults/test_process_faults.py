@@ -18,7 +18,7 @@ from t2i.training.common.checkpoint import find_newest_checkpoint, load_checkpoi
 from t2i.errors import InputError, RunError
 from tests.faults import tiny_run
 from tests.faults.record import fault, record
-from tests.faults.test_checkpoint_faults import contents, finish, start, wait_for
+from tests.faults.test_checkpoint_faults import contents, finish, launch, start, wait_for
 
 
 def rows(path: Path) -> list[dict]:
@@ -115,7 +115,7 @@ def test_less_than_one_percent_of_bad_samples_is_logged(tmp_path):
 
 @fault("D5 a process is killed")
 def test_a_killed_process_ends_the_run_within_ten_seconds_by_number(tmp_path):
-    process = start(tmp_path, "die:1:5", "stall_timeout=60", processes=2)
+    process = launch(tmp_path, "die:1:5", "stall_timeout=60", processes=2)
     while not (tmp_path / "died").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -189,7 +189,7 @@ def test_a_run_goes_on_with_the_configuration_that_it_was_trained_with_or_not_at
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_to_the_whole_tree_saves_too(tmp_path, processes):
     """As systemd and Slurm send it: to the launcher, the processes and their workers at once."""
-    process = start(tmp_path, "workers=1", "steps=2000", "log_every=1", processes=processes)
+    process = (launch if processes > 1 else start)(tmp_path, "workers=1", "steps=2000", processes=processes)
     wait_for(lambda: (tmp_path / "checkpoints/step-00000003").exists(), process)
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in tree:
@@ -206,7 +206,7 @@ def test_a_signal_to_the_whole_tree_saves_too(tmp_path, processes):
 @fault("D6 a process raises")
 def test_the_error_of_one_process_is_shown_first(tmp_path):
     begun = time.monotonic()
-    status, output = finish(start(tmp_path, "raise:1:5", processes=2))
+    status, output = finish(launch(tmp_path, "raise:1:5", processes=2))
     assert status != 0 and time.monotonic() - begun < 60
     assert output.index("error: the image of process 1 is bad") < output.index("error: process 1 of 2 died")
 
@@ -215,7 +215,7 @@ def test_the_error_of_one_process_is_shown_first(tmp_path):
 def test_data_that_do_not_divide_by_the_processes_never_hang_one(tmp_path):
     ended = 0
     for size in (37, 41, 43):
-        ended += finish(start(tmp_path / str(size), f"size={size}", "steps=40", processes=2), 60)[0] == 0
+        ended += finish(launch(tmp_path / str(size), f"size={size}", "steps=40", processes=2), 60)[0] == 0
     record("D7 samples that do not divide by processes and batches", 3, ended)
 
 
@@ -232,18 +232,18 @@ def test_data_that_do_not_divide_by_the_processes_never_hang_one(tmp_path):
 )
 @fault("D8 a process hangs")
 def test_a_process_that_hangs_is_named(tmp_path, what, word, own_store):
-    process = start(tmp_path, what, "stall_timeout=5", processes=2, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=own_store)
+    process = launch(tmp_path, what, "stall_timeout=5", processes=2, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=own_store)
     status, output = finish(process, 150)  # the launcher itself waits 30 s for one that does not react
     assert status != 0 and f"error: {word}" in output and "did not arrive within 5 s" in output, output
 
 
 @pytest.mark.faults
 def test_a_restarted_group_of_processes_ends_bit_for_bit_like_an_undisturbed_one(tmp_path):
-    assert finish(start(tmp_path / "unbroken", processes=2))[0] == 0
+    assert finish(launch(tmp_path / "unbroken", processes=2))[0] == 0
     survived = 0
     for i in range(15):
         folder = tmp_path / str(i)
-        status, output = finish(start(folder, f"die:{i % 2}:{3 + i % 7}", processes=2, restarts=1))
+        status, output = finish(launch(folder, f"die:{i % 2}:{3 + i % 7}", processes=2, restarts=1))
         assert status == 0, output
         survived += contents(folder) == contents(tmp_path / "unbroken")
     record("D9 a killed process, restarted by the launcher, bit for bit", 15, survived)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from t2i.files.model_folder import load_model
 from t2i.interop.by_name import load_text_encoder
 from t2i.networks.text_encoder import ARCHITECTURES
 from t2i.networks.unet_decoder import UNetDecoder
+from tests.helpers.processes.forked import run_program
 from tests.helpers.stages import seeds, train
 from tests.helpers.text_encoders import MADE, make, make_tokenizer, reference
 
@@ -182,7 +181,8 @@ pipeline = Text2ImagePipeline.from_pretrained({str(tmp_path / "model")!r})
 assert type(pipeline.text_encoder).__name__ == "TextEncoder"
 torch.testing.assert_close(draw(pipeline, {prompts!r}), torch.load({str(tmp_path / "expected.pt")!r}))
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+    ended = run_program(["-c", script])
+    assert ended.returncode == 0, ended.stderr
     alone = torch.cat([draw(pipeline, [prompts[0]]), pictures[1:]])
     torch.testing.assert_close(alone, pictures, atol=1e-5, rtol=0)  # the image of a caption, whatever the batch
 

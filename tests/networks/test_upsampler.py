@@ -1,8 +1,6 @@
 """The upsampler: what it is told, what it may be given, and that windows leave no trace."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,6 +30,7 @@ from t2i.sampling.upsampling import (
     derive_stage_generators,
     sample_upsampler,
 )
+from tests.helpers.processes.forked import run_program
 from tests.helpers.stages import arguments, seeds, train
 
 UNET = {
@@ -273,7 +272,7 @@ def test_it_learns_to_draw_what_bicubic_blurs_and_loads_in_a_fresh_process(shape
         drawn = sample_upsampler(upsampler.eval(), scheduler, low, Sampling(4, [torch.Generator() for _ in low]))
         print(float((drawn - truth).square().mean()), float((enlarge_low_resolution(low, 2) - truth).square().mean()))
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_program(["-c", code])
     assert done.returncode == 0, done.stderr
     ours, bicubic = map(float, done.stdout.split())
     assert ours < 0.85 * bicubic

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ from t2i.config import load_config
 from t2i.diffusion.ddim import build_scheduler_like
 from t2i.diffusion.guidance import Guidance
 from t2i.networks.decoder import Decoder
+from tests.helpers.processes.forked import run_program
 from tests.helpers.stages import CONFIGS, arguments, seeds, train
 
 QUICK = {"prior_num_inference_steps": 3, "num_inference_steps": 4}
@@ -252,8 +250,8 @@ def test_a_folder_saves_loads_in_a_fresh_process_and_draws_the_same_picture(pipe
         " prior_num_inference_steps=3, num_inference_steps=4).images;"
         "torch.save(x, sys.argv[2])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "x.pt")]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    ended = run_program(["-c", code, tmp_path / "saved", tmp_path / "x.pt"])
+    assert ended.returncode == 0, ended.stderr
     torch.testing.assert_close(torch.load(tmp_path / "x.pt"), expected, atol=1e-6, rtol=0)
 
 

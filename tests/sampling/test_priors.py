@@ -1,8 +1,6 @@
 """Priors of every kind: one function draws with any of them; trained ones save, load and resume."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from t2i.sampling.embeddings import (
     select_nearest_candidates,
 )
 from t2i.sampling.sample import sample_prior
+from tests.helpers.processes.forked import run_program
 from tests.helpers.small_priors import LENGTH, D, W, autoregressive, captions, diffusion, shaken, unit
 from tests.helpers.stages import CONFIGS, arguments, seeds
 
@@ -212,7 +211,8 @@ def test_every_prior_saves_loads_in_a_fresh_process_and_draws(pipeline, shapes, 
             prior.register_to_config(clip_fingerprint="another")
             with pytest.raises(InputError, match="the prior was trained with the CLIP another"):
                 Text2ImagePipeline.from_pipe(pipeline, prior=prior, prior_scheduler=None)
-    ran = subprocess.run([sys.executable, "-c", SCRIPT, *expected], capture_output=True, text=True, check=True)
+    ran = run_program(["-c", SCRIPT, *expected])
+    assert ran.returncode == 0, ran.stderr
     for folder, (z_i, kind) in json.loads(ran.stdout.splitlines()[-1]).items():
         torch.testing.assert_close(torch.tensor(z_i), expected[folder][0], atol=1e-5, rtol=0)
         assert kind == expected[folder][1]

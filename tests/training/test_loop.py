@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from t2i.config import TrainConfig
 from t2i.data.manifest import write_manifest
 from t2i.errors import InputError
 from t2i.networks.layers import PackedSequences
+from tests.helpers.processes.forked import ForkedProgram, run_program
 from tests.helpers.stages import arguments, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,10 +162,8 @@ def test_a_run_resumed_in_mid_epoch_and_mid_pass_is_bit_identical(stage, shapes,
 def test_a_killed_run_resumes_bit_for_bit(shapes, tmp_path):
     """The real thing: SIGKILL between checkpoints, then the same command again."""
     settings = {"train.save_every": 3, "train.log_every": 1}
-    command = [sys.executable, str(ROOT / "training/train_autoencoder.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    broken = [*command, *arguments("autoencoder", shapes, tmp_path / "broken", 400, **settings)]
-    process = subprocess.Popen(broken, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = ROOT / "training/train_autoencoder.py"
+    process = ForkedProgram([script, *arguments("autoencoder", shapes, tmp_path / "broken", 400, **settings)])
     folder = tmp_path / "broken" / "autoencoder"
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 7:
@@ -261,11 +258,8 @@ def test_two_processes_end_with_equal_weights(stage, shapes, runs, tmp_path):
     )
     against = {"adversarial_weight": 0.5, "discriminator.width": 8, "discriminator.depth": 1}
     more = {**against, "train.gradient_accumulation": 2} if stage == "autoencoder" else {}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command += [str(script), str(tmp_path), *arguments(stage, shapes, tmp_path, 3, **more)]
-    result = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+    command = [script, tmp_path, *arguments(stage, shapes, tmp_path, 3, **more)]
+    result = run_program(command, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() and len(first) > 10

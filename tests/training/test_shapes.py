@@ -1,10 +1,7 @@
 """Training on images of several shapes: buckets, mirrored images, and what CLIP sees, live and from a cache."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +29,7 @@ from t2i.files.model_folder import load_model
 from t2i.interop.by_name import load_autoencoder
 from t2i.networks.decoder import Decoder
 from t2i.networks.unet_decoder import UNetDecoder
+from tests.helpers.processes.forked import run_program
 from tests.helpers.samples import write_mixed_pictures
 from tests.helpers.stages import CONFIGS, arguments, seeds, train
 
@@ -314,11 +312,7 @@ def test_two_processes_train_on_one_shape_a_step_and_end_with_equal_weights(mixe
     )
     parts = {part: runs / part for part in ("clip", "autoencoder")}
     settings = {**parts, **BUCKETS, "train.batch_size": 2, "train.gradient_accumulation": 2}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command += [str(script), str(tmp_path), *arguments("decoder", mixed, tmp_path, 6, **settings)]
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_program([script, tmp_path, *arguments("decoder", mixed, tmp_path, 6, **settings)], ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     (weights, first), (others, second) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert weights == others and len(first) == len(second) == 12

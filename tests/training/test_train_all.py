@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +19,18 @@ from t2i.training.recipe.sizes import Device
 
 from t2i.errors import RunError
 from tests.commands.test_cli import run
+from tests.helpers.processes.forked import ForkedProgram, popen_forked, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-c", "from t2i.cli import main; main()", "train", "all", "run"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+FORKING = """
+from types import SimpleNamespace
+from t2i.training import all_stages
+from tests.helpers.processes.forked import popen_forked
+all_stages.subprocess = SimpleNamespace(Popen=popen_forked)
+from t2i.cli import main
+main()
+"""
+COMMAND = ["-c", FORKING, "train", "all", "run"]
 STAGES = ("clip", "autoencoder", "cache", "prior", "decoder")
 STEPS = {"clip": 60, "autoencoder": 60, "prior": 3, "decoder": 3}
 
@@ -64,8 +72,7 @@ def write_tiny(folder: Path, data: Path) -> None:
 
 def stopped(folder: Path, number: int, when: Callable[[], bool]) -> tuple[int, str, str]:
     """Start in a session of its own, as in a terminal; give it a signal as soon as something is so."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(COMMAND, cwd=folder, env=ENVIRONMENT, start_new_session=True, **pipes)
+    process = ForkedProgram(COMMAND, folder=folder, own_group=True)
     end = time.monotonic() + 600
     while not when():
         assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -79,16 +86,28 @@ def stopped(folder: Path, number: int, when: Callable[[], bool]) -> tuple[int, s
 
 
 @pytest.fixture(scope="module")
-def story(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str, str]]]:
+def story(shapes: Path, make_once) -> tuple[Path, list[tuple[int, str, str]]]:
     """A run that was stopped in CLIP by SIGTERM, in the autoencoder by Ctrl-C, and ended; what each said."""
-    folder = tmp_path_factory.mktemp("own")
-    write_tiny(folder, shapes)
-    told = []
-    for stage, number in (("clip", signal.SIGTERM), ("autoencoder", signal.SIGINT)):
-        checkpoints = folder / "run" / stage / "checkpoints"
-        told.append(stopped(folder, number, lambda checkpoints=checkpoints: any(checkpoints.glob("step-????????"))))
-    done = subprocess.run(COMMAND, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-    return folder, [*told, (done.returncode, done.stdout, done.stderr)]
+
+    def train_and_stop(folder: Path) -> None:
+        folder.mkdir()
+        write_tiny(folder, shapes)
+        told = []
+        for stage, number in (("clip", signal.SIGTERM), ("autoencoder", signal.SIGINT)):
+            checkpoints = folder / "run" / stage / "checkpoints"
+            told.append(stopped(folder, number, lambda found=checkpoints: any(found.glob("step-????????"))))
+        done = run_program(COMMAND, folder=folder)
+        told.append((done.returncode, done.stdout, done.stderr))
+        (folder / "told.json").write_text(json.dumps(told))
+
+    folder = make_once("story", train_and_stop)
+    return folder, json.loads((folder / "told.json").read_text())
+
+
+@pytest.fixture
+def forked_stages(monkeypatch) -> None:
+    """Stages that this process starts are forks."""
+    monkeypatch.setattr("t2i.training.all_stages.subprocess", SimpleNamespace(Popen=popen_forked))
 
 
 @pytest.fixture
@@ -96,7 +115,6 @@ def trained(story, tmp_path, monkeypatch) -> Path:
     """A copy of the folder, which tests may change, as the working directory."""
     shutil.copytree(story[0], tmp_path / "own")
     monkeypatch.chdir(tmp_path / "own")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path / "own" / "run"
 
 
@@ -141,7 +159,7 @@ def test_a_second_run_does_nothing(monkeypatch, capsys, trained):
     assert contents(trained) == before
 
 
-def test_a_stage_that_changed_is_trained_on_and_the_pipeline_replaced(capfd, trained):
+def test_a_stage_that_changed_is_trained_on_and_the_pipeline_replaced(capfd, trained, forked_stages):
     (trained / "pipeline" / "mark").touch()
     change(trained / "decoder.yaml", train__steps=5)
     assert Trainer(Run.read_folder(Path("run"))).train() == 0
@@ -159,7 +177,7 @@ def test_a_failing_stage_ends_it_with_its_status_and_message(capfd, trained):
 
 
 def test_a_stage_that_is_killed_is_named(trained, monkeypatch):
-    change(trained / "clip.yaml", train__steps=61)
+    change(trained / "clip.yaml", train__steps=STEPS["clip"] + 1)
     trainer = Trainer(Run.read_folder(Path("run")))
     monkeypatch.setattr(sys, "executable", "/bin/sh")
     (trained / "kill.sh").write_text("kill -9 $$\n")
@@ -169,7 +187,9 @@ def test_a_stage_that_is_killed_is_named(trained, monkeypatch):
         trainer.train()
 
 
-def test_a_dry_run_shows_what_can_be_shown_and_writes_nothing(capfd, shapes, trained, tmp_path, monkeypatch):
+def test_a_dry_run_shows_what_can_be_shown_and_writes_nothing(
+    capfd, shapes, trained, tmp_path, monkeypatch, forked_stages
+):
     for part in ("done.json", "pipeline", "prior", "decoder"):
         (shutil.rmtree if (trained / part).is_dir() else os.remove)(trained / part)
     before = contents(trained)
@@ -252,7 +272,7 @@ def test_stages_follow_those_whose_results_they_read():
         assert all(order[earlier] < order[name] for earlier in inputs), (name, names)
 
 
-def test_results_lie_in_the_folder_of_out(monkeypatch, capsys, trained):
+def test_results_lie_in_the_folder_of_out(monkeypatch, capsys, trained, forked_stages):
     """A second stage of a kind begins from the first; nothing else is trained again."""
     shutil.copytree(trained, "configs", ignore=lambda _, names: [name for name in names if "." not in name])
     Path("configs/done.json").unlink()
