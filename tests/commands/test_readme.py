@@ -1,9 +1,7 @@
 """The README's commands and its Python: drawing runs as written, the rest is checked to parse."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +12,7 @@ from typer.main import get_command
 from t2i.cli import app, main
 from t2i.config import load_config
 from t2i.interop.layouts import DEFAULT_PRIORS
+from tests.helpers.processes.forked import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,9 +33,7 @@ def test_there_is_something_to_run():
 @pytest.mark.parametrize("code", PYTHON)
 def test_python_blocks_run(code, tmp_path):
     (tmp_path / "models").symlink_to(ROOT / "models")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = run_program(["-c", code], folder=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert list(tmp_path.glob("*.png"))
 

@@ -4,9 +4,7 @@ import json
 import math
 import os
 import pickle
-import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -38,6 +36,7 @@ from t2i.evaluation.quality import (
     read_reference_statistics,
 )
 from tests.commands.test_cli import run
+from tests.helpers.processes.forked import run_program
 from tests.networks.test_clip import make
 
 SMALL = MetricSettings(kid_subset_size=50, kid_subsets=20, seed=7)
@@ -370,11 +369,15 @@ def test_two_processes_measure_what_one_does(monkeypatch, capsys, shapes, pipeli
     more += ["--sampler", "ddim", "--eta", 0.5, "--candidates", 1, "--clip-score", pipeline_folder / "clip"]
     status, _, err = run(monkeypatch, capsys, *command(shapes, pipeline_folder, tmp_path / "one.json", *more))
     assert status == 0, err
-    words = command(shapes, pipeline_folder, tmp_path / "two.json", *more, "--num-processes", 2)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-m", "t2i", *map(str, words)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    # The command becomes torchrun, whose processes run it again
+    started: list[list[str]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "execv", lambda program, words: (started.append([program, *words[1:]]), sys.exit(0)))
+        words = command(shapes, pipeline_folder, tmp_path / "two.json", *more, "--num-processes", 2)
+        assert run(monkeypatch, capsys, *words)[0] == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=0"]
+    assert started[0][:6] == [sys.executable, *launcher]
+    ran = run_program(started[0][6:], ranks=2)
     assert ran.returncode == 0, ran.stderr[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2) and one["drawn"] == two["drawn"]

@@ -32,6 +32,7 @@ from t2i.runtime.memory import AvailableMemory
 from t2i.runtime.rank import Rank, find_process_rank
 from tests.commands.test_cli import QUICK, run
 from tests.helpers.kandinsky_folders import kandinsky_22_combined
+from tests.helpers.processes.forked import run_program
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["red circle", "a green square that is rather large", "blue", "a red square", "green circle"]
@@ -119,7 +120,7 @@ def test_two_processes_draw_what_one_does_and_go_on_when_one_was_killed(monkeypa
     (lost := min((tmp_path / "both").glob("*.png"))).unlink()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "both").glob("*.png")}
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    again = run_program(["-m", "t2i", "generate", *common, tmp_path / "both"], ranks=2)
     assert again.returncode == 0, again.stderr[-3000:]
     drawn = [Path(line) for line in again.stdout.splitlines() if line.endswith(".png")]
     assert lost in drawn and not kept.keys() & set(drawn) and len(drawn) + len(kept) == len(words)
