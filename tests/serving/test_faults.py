@@ -45,18 +45,19 @@ def wait_for(condition: Callable[[], object], seconds: float = 600.0) -> None:
 
 
 def send_all(
-    server: ServerProcess, asks: list[tuple[Ask, str]], disturb: Callable[[], object], pause: float = 2.0
+    server: ServerProcess, asks: list[tuple[Ask, str]], disturb: Callable[[], object] | None = None, pause: float = 2.0
 ) -> list[Answer]:
     """Send requests to models at the same time, do something while they are drawn, and return the answers.
 
-    pause: seconds before it is done.
+    disturb: is called. pause: seconds before it is.
     """
 
     async def run() -> list[Answer]:
         async with Client(server.address) as client:
             tasks = [asyncio.create_task(client.send(ask, model=model)) for ask, model in asks]
-            await asyncio.sleep(pause)
-            await asyncio.to_thread(disturb)
+            if disturb is not None:
+                await asyncio.sleep(pause)
+                await asyncio.to_thread(disturb)
             return list(await asyncio.gather(*tasks))
 
     return asyncio.run(run())
@@ -89,7 +90,7 @@ def find_busy_worker(server: ServerProcess) -> psutil.Process:
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_hangs_fails_its_own_requests_alone_and_comes_back(server, fault):
     asks = [(SHORT, "first"), (SHORT, "second")]
-    expected = send_all(server, asks, lambda: None)
+    expected = send_all(server, asks)
     assert [answer.status for answer in expected] == [200, 200] and len(server.list_workers()) == 2
 
     def disturb() -> None:
@@ -97,15 +98,15 @@ def test_a_worker_that_dies_or_hangs_fails_its_own_requests_alone_and_comes_back
         if fault == signal.SIGSTOP:
             # The server answers what it can, and lets nobody wait for a worker that does not
             assert [get_status(server, path) for path in ("health", "ready", "v1/models")] == [200] * 3
-            found = send_all(server, asks, lambda: None)
+            found = send_all(server, asks)
             assert [answer.status for answer in found] == [503, 200] and found[0].seconds < 20
 
     answers = send_all(server, [(LONG, "first"), (LONG, "first")], disturb)
     assert [(answer.status, answer.code.partition(":")[0]) for answer in answers] == [(503, "engine_lost")] * 2
     # The other model draws meanwhile, and the first one too after a while
-    assert send_all(server, asks[1:], lambda: None)[0].status == 200
+    assert send_all(server, asks[1:])[0].status == 200
     wait_for(lambda: len(server.list_workers()) == 2 and get_status(server, "ready") == 200)
-    again = send_all(server, asks, lambda: None)
+    again = send_all(server, asks)
     assert [compare_images(*one.images, *other.images) for one, other in zip(expected, again, strict=True)] == [0, 0]
     assert get_status(server, "health") == 200
 
@@ -127,7 +128,7 @@ def test_workers_end_with_their_server_alone_and_at_once_if_it_is_killed(server)
     # A group's signal leaves the workers to the server
     for worker in workers:
         worker.send_signal(signal.SIGTERM)
-    assert send_all(server, [(SHORT, "first")], lambda: None)[0].status == 200
+    assert send_all(server, [(SHORT, "first")])[0].status == 200
     # One that is stopped cannot notice it itself
     workers[0].suspend()
     server.process.kill()

@@ -27,13 +27,15 @@ ON_THEIR_OWN: dict[str, Callable[[str, Scale], Awaitable[list[Row]]]] = {"1": ch
 TESTS = sorted([*ON_ONE_SERVER, *ON_THEIR_OWN, *SUITES], key=int)
 
 
-async def run_test(name: str, model: str, scale: Scale) -> list[Row]:
-    """Run a test by its number, on servers of its own."""
+async def run_test(name: str, model: str, scale: Scale, server: ServerProcess | None = None) -> list[Row]:
+    """Run a test by its number, on servers of its own, or on one that is there if the test changes no option."""
     if name in SUITES:
         return run_suite(name)
     # As a full path, which commands in other folders take too
     model = str(Path(model).resolve()) if Path(model).is_dir() else model
     if name in ON_THEIR_OWN:
         return await ON_THEIR_OWN[name](model, scale)
+    if server is not None:
+        return await ON_ONE_SERVER[name](server, scale)
     with ServerProcess(model, "--max-batch", str(scale.max_batch)) as server:
         return await ON_ONE_SERVER[name](server, scale)
