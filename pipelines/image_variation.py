@@ -101,7 +101,7 @@ class ImageVariationPipeline(InvertingPipeline):
         check_range("eta", eta, 0, 1)
         # The call's `eta` also decides whether to invert: the decoder's own option must not contradict it
         options = {name: value for name, value in options.items() if name != "eta"}
-        return ResolvedOptions(PriorOptions(), build_inversion_options(options, eta))
+        return build_inversion_options(options, eta=eta)
 
 
 def check_negative_prompt(pipeline: UnCLIPPipeline) -> bool:

@@ -9,7 +9,7 @@ from t2i.pipelines.base import UnCLIPPipeline
 from t2i.pipelines.calls.arguments import check_argument_order
 from t2i.pipelines.calls.progress import show_steps
 from t2i.pipelines.inputs import GivenImages, ImageInputs, read_given_images
-from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, build_options
+from t2i.pipelines.options import DECODER_OPTION_NAMES, OPTION_NAMES, DecoderOptions, ResolvedOptions, build_options
 from t2i.pipelines.stages import build_control, build_preview_hooks, finish_images, run_decoder_stage
 from torch import Generator, Tensor
 
@@ -129,12 +129,20 @@ class InvertingPipeline(UnCLIPPipeline):
         return finish_images(self, latents, latent.image_embeds, options, generators)
 
 
-def build_inversion_options(options: dict[str, Any], eta: float = 0.0) -> DecoderOptions:
-    """Build the decoder's options for drawing from the noise of given images: DDIM with this eta."""
-    _, decoder = build_options(options, INVERSION_DEFAULTS, DECODER_REDRAWING_OPTIONS)
+def build_inversion_options(
+    options: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+    eta: float = 0.0,
+    allowed: frozenset[str] = DECODER_REDRAWING_OPTIONS,
+) -> ResolvedOptions:
+    """Build the options for drawing from the noise of given images: DDIM with this eta.
+
+    defaults: a model's own, of which those of the inversion replace the decoder's. allowed: see `build_options`.
+    """
+    prior, decoder = build_options(options, (defaults or {}) | INVERSION_DEFAULTS, allowed)
     if decoder.latents is not None:
         raise InputError("latents is not allowed here: the noise comes from the image")
-    return resolve_ddim_options(decoder, eta)
+    return ResolvedOptions(prior, resolve_ddim_options(decoder, eta))
 
 
 def resolve_ddim_options(options: DecoderOptions, eta: float = 0.0) -> DecoderOptions:

@@ -60,7 +60,8 @@ class PriorOptions:
         prior_guidance_scale: a number, where 1 is off, or a `Guidance`; stored as a `Guidance`. Pipelines take the
             prior's `default_guidance_scale` if left out.
         prior_latents: (N, D), the noise that a diffusion prior starts from. It allows one candidate only.
-        prior_candidates: z_i sampled for each caption, 1 to 64. The one nearest to z_t is used.
+        prior_candidates: z_i sampled for each caption, 1 to 64. The one nearest to z_t is used. If left out 2, for text
+            diffs 16.
         prior_temperature: temperature of an autoregressive prior, 0 to 10. 0 takes the most likely code, None the
             model's own temperature.
         prior_sampler: a name of `t2i.diffusion.samplers.SAMPLERS`; None is the model's own scheduler.

@@ -31,7 +31,7 @@ class PriorKeywords(ResolvedKeyword, total=False):
     prior_num_inference_steps: int
     prior_guidance_scale: GuidanceScale | None
     prior_latents: Tensor | None
-    prior_candidates: int
+    prior_candidates: int | None
     prior_temperature: float | None
     prior_sampler: str | None
     prior_callback_on_step_end: UserCallback | None

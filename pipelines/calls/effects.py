@@ -54,7 +54,7 @@ class GivenCall:
     def has_texts(self) -> bool:
         """True if there is a text from which the prior makes z_i."""
         anchors = any(isinstance(anchor, str) for anchor in self.anchors)
-        return anchors or self.has("prompt") or self.has("prompt_embeds")
+        return anchors or self.has("prompt") or self.has("prompt_embeds") or self.given.get("direction") == "prior"
 
     @property
     def inverts_images(self) -> bool:
@@ -121,6 +121,7 @@ NO_PRIOR = (
     exclude_argument(
         "image_embeds", ", in place of which the prior would run", lambda call: not call.derives_negatives
     ),
+    Idle(" without direction='prior'", lambda call: call.has("source") and not call.has_texts),
     Idle(" without a text, for which the prior would run", lambda call: not (call.has_texts or call.derives_negatives)),
 )
 ONE_PASS = Idle(": this prior does not denoise in steps", lambda call: not call.prior.needs_scheduler)

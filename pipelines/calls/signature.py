@@ -22,7 +22,7 @@ from t2i.errors import InputError
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 # Their defaults are the model's or the pipeline's, not the dataclasses': a signature shows None
-MODEL_DEFAULTS = frozenset({"num_inference_steps", *GUIDANCE_OPTIONS})
+MODEL_DEFAULTS = frozenset({"num_inference_steps", "prior_candidates", *GUIDANCE_OPTIONS})
 
 
 def declare_pipeline_call(

@@ -167,7 +167,8 @@ def redraw_files(
 
     # Record how the images are drawn. Pipelines that invert images pass a prompt to the decoder alone.
     has_prompt = arguments.get("prompt") is not None and not issubclass(kind, InvertingPipeline)
-    used = build_settings_record(source, settings, resolved, has_prompt and pipeline.prior is not None)
+    uses_prior = (has_prompt or arguments.get("direction") == "prior") and pipeline.prior is not None
+    used = build_settings_record(source, settings, resolved, uses_prior)
     names = [path.name for path in paths for _ in range(output.count)]
     records = build_records("image", names, first_seed, source.model, used)
 

@@ -20,8 +20,9 @@ from t2i.pipelines.jobs.planning import ModelSource, split_settings
 from t2i.pipelines.jobs.records import Record, build_settings_record
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.text2image import Text2ImagePipeline
-from t2i.pipelines.text_diff import DEFAULT_THETA, TextDiffPipeline, check_caption_pair
+from t2i.pipelines.text_diff import TextDiffPipeline, check_caption_pair, check_direction, list_thetas
 from t2i.pipelines.upsample import UpsamplePipeline
+from torch import Generator
 
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
@@ -206,23 +207,29 @@ class TextDiffTask(ImageTask):
     """An image that is changed by the direction between two captions, once for each theta."""
 
     kind = TextDiffPipeline
-    defaults = {"theta": DEFAULT_THETA}
+    defaults = {"direction": "text"}
 
     @property
     def inverts(self) -> bool:
         return True
 
+    @property
+    def uses_prior(self) -> bool:
+        return self.settings["direction"] == "prior"
+
     def check(self) -> None:
+        check_direction(self.settings["direction"], self.pipeline.prior)
         check_caption_pair(self.settings["source"], self.settings["target"])
         super().check()
 
     def draw(self) -> list[Image.Image]:
-        return self.pipeline(self.request.image, resolved=self.resolved, **self.arguments).images
+        # One seed for all, so that each is the image that its theta alone draws
+        generators = [Generator().manual_seed(self.request.seed) for _ in range(self.request.count)]
+        call = self.inputs | self.arguments | {"generator": generators, "resolved": self.resolved}
+        return self.pipeline(**call).images
 
     def build_records(self) -> list[Record]:
-        theta = self.settings["theta"]
-        thetas = theta if isinstance(theta, list) else [theta]
-        # Nothing is drawn by chance: the seed is one for all
+        thetas = list_thetas(self.settings.get("theta"), self.settings["direction"])
         records = super().build_records()
         return [record | {"theta": value, "seed": self.request.seed} for record, value in zip(records, thetas)]
 

@@ -1,6 +1,7 @@
 """Commands that start from given images: `t2i variations`, `interpolate` and `edit`."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from t2i.commands.flags import argument, drop_missing, option
 from t2i.errors import InputError
 
 app = typer.Typer()
+
+DIRECTIONS = ("text", "prior")  # those of the pipeline, which imports torch
 
 
 @app.command()
@@ -86,6 +89,13 @@ def interpolate(
     return interpolate_files(anchors, model, Output(out, seed=seed), shape, settings)
 
 
+@dataclass
+class ChangePriorFlags(flags.PriorFlags):
+    candidates: Annotated[
+        int | None, option("Noises to try; the one that gives --from an embedding most like the image's is used.", "16")
+    ] = None
+
+
 @app.command()
 @flags.print_paths
 def edit(
@@ -93,27 +103,37 @@ def edit(
     source: flags.ModelFlags,
     decoder: flags.DecoderFlags,
     size: flags.SizeFlags,
+    prior_flags: ChangePriorFlags,
     steering: flags.SteeringFlags,
     upsampling: flags.UpsamplerFlags,
     before: Annotated[str, option("Caption of what the image shows.", None, "--from")],
     after: Annotated[str, option("Caption of what it should show.", None, "--to")],
-    theta: Annotated[float | None, option("How far to go: 0 changes nothing, 1 goes all the way.", "0.35")] = None,
+    direction: Annotated[
+        str,
+        option("text: from caption to caption. prior: between images that the prior imagines.", choices=DIRECTIONS),
+    ] = "text",
+    theta: Annotated[
+        float | None,
+        option("How far to go: 0 changes nothing, 1 goes all the way.", "0.35, with --direction prior 1"),
+    ] = None,
     out: flags.Out = Path("out"),
+    seed: Annotated[int, option("Seed of the prior's noise.")] = 0,
 ) -> Iterator[Path]:
     """Change an image along the direction from one caption to another, and print the path of the result."""
-    from t2i.checks import check_range
     from t2i.pipelines.jobs.generation import redraw_files
     from t2i.pipelines.jobs.planning import Output
-    from t2i.pipelines.text_diff import DEFAULT_THETA, TextDiffPipeline, check_caption_pair
+    from t2i.pipelines.text_diff import TextDiffPipeline, check_caption_pair, list_thetas
 
-    theta = DEFAULT_THETA if theta is None else theta
     # The pipeline checks these too, but only after the model has loaded
-    check_range("theta", theta, 0, 1)
+    [theta] = list_thetas(theta, direction)
     check_caption_pair(before, after)
-    settings = decoder.build_settings() | size.build_settings() | drop_missing(upsample=upsampling.upsample)
-    settings |= steering.build_settings() | {"source": before, "target": after, "theta": theta}
+    for name, value in vars(prior_flags).items():
+        flags.check_needed(f"--{name.replace('_', '-')}", value, "--direction prior", direction == "prior")
+    settings = decoder.build_settings() | prior_flags.build_settings() | size.build_settings()
+    settings |= steering.build_settings() | drop_missing(upsample=upsampling.upsample)
+    settings |= {"source": before, "target": after, "direction": direction, "theta": theta}
     model = source.build(upsampler=upsampling.upsampler)
-    return redraw_files(TextDiffPipeline, [image], model, Output(out, seed=0), settings)
+    return redraw_files(TextDiffPipeline, [image], model, Output(out, seed=seed), settings)
 
 
 def parse_anchor_weights(text: str) -> list[float]:

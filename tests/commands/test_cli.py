@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from t2i.pipelines.options import DecoderOptions, PriorOptions
-from t2i.pipelines.text_diff import DEFAULT_THETA
+from t2i.pipelines.text_diff import DEFAULT_CANDIDATES, DEFAULT_THETAS
 from t2i.pipelines.upsample import UpsamplePipeline
 from typer.main import get_command
 
@@ -54,7 +54,9 @@ def test_the_help_shows_the_defaults_that_the_pipelines_have():
     assert shown("upsample", "steps") == str(upsampling["num_inference_steps"].default)
     assert shown("upsample", "level") == f"{upsampling['level'].default:g}"
     assert shown("upsample", "tile") == str(upsampling["tile"].default)
-    assert shown("edit", "theta") == str(DEFAULT_THETA)
+    assert shown("edit", "candidates") == str(DEFAULT_CANDIDATES)
+    [theta] = [parameter for parameter in commands["edit"].params if parameter.name == "theta"]
+    assert theta.show_default == "{text:g}, with --direction prior {prior:g}".format(**DEFAULT_THETAS)
 
 
 def list_commands(command: Any, path: str = "t2i") -> dict[str, Any]:

@@ -7,7 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from t2i.pipelines import ImageToImagePipeline, ImageVariationPipeline, InpaintPipeline, Text2ImagePipeline
+from t2i.pipelines import (
+    ImageToImagePipeline,
+    ImageVariationPipeline,
+    InpaintPipeline,
+    Text2ImagePipeline,
+    TextDiffPipeline,
+)
 from t2i.pipelines.serving.engine import Cancelled, StepEngine
 from t2i.pipelines.serving.rows import round_up_rows
 from torch import Generator, Tensor
@@ -75,6 +81,7 @@ def test_requests_of_any_kind_draw_together_what_they_draw_alone(pipeline):
         draw_image(ImageVariationPipeline, image),
         draw_image(InpaintPipeline, image, mask_image=mask, prompt="a red circle"),
         draw_image(ImageToImagePipeline, image, prompt="a blue square", strength=0.5),
+        draw_image(TextDiffPipeline, image, source="a red circle", target="a blue square", direction="prior"),
     ]
     alone = [draw(pipeline) for draw in draws]
     with StepEngine(pipeline) as engine:

@@ -20,6 +20,7 @@ from t2i.pipelines.serving.api.values import (
     Texts,
     Weights,
 )
+from t2i.pipelines.text_diff import DIRECTIONS
 
 from t2i.diffusion.samplers import SAMPLERS
 from t2i.diffusion.sampling_loop import MAX_STEPS
@@ -92,6 +93,7 @@ EXTENSIONS: dict[str, Field] = {
     },
     "source": Field(Text(), "e", "source"),
     "target": Field(Text(), "e", "target"),
+    "direction": Field(Choice(DIRECTIONS), "e", "direction"),
     "theta": Field(Numbers(Number(0, 1)), "e", "theta"),
     # Mixes
     "texts": Field(Texts(), "get"),

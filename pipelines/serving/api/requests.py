@@ -17,7 +17,7 @@ from t2i.errors import InputError
 MAX_IMAGES = 16  # as OpenAI's API takes
 # The task that a field of edits and generations asks for
 TASK_FIELDS = {
-    **dict.fromkeys(("source", "target", "theta"), "text_diff"),
+    **dict.fromkeys(("source", "target", "direction", "theta"), "text_diff"),
     **dict.fromkeys(("weights", "frames", "texts"), "mix"),
     **dict.fromkeys(MARGINS, "outpaint"),
 }
@@ -52,7 +52,7 @@ def plan_draw_request(
     request = DrawRequest(
         task,
         collect_settings(values),
-        # Nothing of a text diff is drawn by chance, and `t2i edit` records 0
+        # `t2i edit` takes 0 too: of a text diff at most the prior's noise is drawn by chance
         choose_seed(values) if task != "text_diff" else values.get("seed", 0),
         names=[upload.base_name for upload in images],
         previews=values.get("partial_images", 0),
@@ -173,7 +173,7 @@ def count_images(request: DrawRequest, values: dict[str, Any], max_count: int) -
     several = {"text_diff": request.settings.get("theta"), "mix": request.settings.get("weights")}.get(request.task)
     is_strip = isinstance(several, list) and (request.task == "text_diff" or isinstance(several[0], list))
     if count > 1 and (is_strip or request.task == "text_diff"):
-        reason = "it has an image for each place" if is_strip else "nothing of it is drawn by chance"
+        reason = "it has an image for each place" if is_strip else "it has an image for each theta"
         raise build_field_error("n", f"n must be 1 for {TASK_NAMES[request.task]} like this, for {reason}")
     if is_strip:
         count = len(several or [])

@@ -4,12 +4,19 @@ import { h, iconButton, range } from "./dom.js";
 import { drawFoot, pick, shorten, textField } from "./tools/controls.js";
 import { spaceNumbers } from "./tools/blend.js";
 
-const DEFAULT_THETA = 0.5; // the paper goes to 0.25 to 0.5
+// By the direction of the change: how far to go, and the person's settings that it takes
+const WAYS = {
+  prior: { furthest: 1, hint: "At 0 the image comes back as it is. At 1 it has changed as much as the texts do.", settings: ["steps", "prior_steps", "prior_guidance_scale"] },
+  // The paper goes to 0.25 to 0.5
+  text: { furthest: 0.5, hint: "At 0 the image comes back as it is. At 1 nothing but the new direction is left.", settings: ["steps"] },
+};
 const DEFAULT_FRAMES = 6;
 const MAX_FRAMES = 10; // where the server does not say
 
 /** Fill a dialog with the two texts for an image. */
 export function openDiff({ image, view, app }) {
+  const direction = chooseDirection(app.model);
+  const way = WAYS[direction];
   const source = textField({ label: "From", value: image.prompt, placeholder: "what the image shows", rows: 1 });
   const target = textField({ label: "To", placeholder: "what it should show", rows: 1 });
   const swap = iconButton("swap", "Swap the two texts", () => {
@@ -21,9 +28,9 @@ export function openDiff({ image, view, app }) {
     min: 0.05,
     max: 1,
     step: 0.05,
-    value: DEFAULT_THETA,
+    value: way.furthest,
     format: (value) => value.toFixed(2),
-    hint: "At 0 the image comes back as it is. At 1 nothing but the new direction is left.",
+    hint: way.hint,
     oninput: () => showStops(),
   });
   const most = app.model.max_n ?? MAX_FRAMES;
@@ -50,7 +57,7 @@ export function openDiff({ image, view, app }) {
       const [from, to] = [source.input.value.trim(), target.input.value.trim()];
       const thetas = listThetas();
       // The image keeps its own noise, which guidance would not give back
-      const fields = { ...pick(app.settings("edits"), ["steps"]), source: from, target: to, theta: thetas };
+      const fields = { ...pick(app.settings("edits"), way.settings), source: from, target: to, direction, theta: thetas };
       app.draw([{ route: "edits", fields, images: [image], count: thetas.length }], {
         title: `From “${shorten(from, 30)}” to “${shorten(to, 30)}”`,
         layout: "strip",
@@ -80,6 +87,9 @@ export function openDiff({ image, view, app }) {
   // A keyboard on the screen would hide the image
   if (matchMedia("(hover: hover)").matches) (source.input.value ? target : source).input.focus();
 }
+
+/** The direction of a model's changes: with a prior the images stay what the model knows. */
+export const chooseDirection = (model) => (model.defaults?.candidates === undefined ? "text" : "prior");
 
 /** What keeps two texts from being drawn, as a sentence; null if nothing does. */
 export function explainTexts(source, target) {

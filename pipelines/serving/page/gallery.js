@@ -369,7 +369,7 @@ export function findRequest(item) {
   return { ...alone, fields: { ...request.fields, ...own, seed: item.record?.seed ?? request.fields.seed } };
 }
 
-/** Return whether another seed draws other images: nothing of a change, or of a mix of images, is drawn by chance. */
+/** Return whether another seed draws other images: of a change nothing to speak of, of a mix of images nothing is drawn by chance. */
 export function hasChance({ route, fields, images = [] }) {
   const isMix = fields.weights !== undefined;
   return Boolean(route) && fields.source === undefined && !(isMix && images.length > 0 && !fields.texts);

@@ -21,8 +21,7 @@ const SLIDERS = {
 };
 const ROUTE_LETTERS = { generations: "g", edits: "e", variations: "v" };
 // Settings of a route that some of its tasks have no use for, and the server refuses
-const PRIOR = ["prior_steps", "prior_guidance_scale", "prior_sampler", "candidates"];
-const IDLE = { change: [...PRIOR, "negative_prompt"], mix: ["negative_prompt"] };
+const IDLE = { change: ["negative_prompt"], mix: ["negative_prompt"] };
 const OTHERS = { sampler: "gv", negative_prompt: "gev", size: "g", seed: "" };
 
 // Names of records in PNG files, which are those of the pipelines, by the API's names
@@ -31,7 +30,7 @@ const RECORD_NAMES = {
   prior_num_inference_steps: "prior_steps",
   prior_candidates: "candidates",
 };
-const SENT_BACK = new Set([...Object.keys(SLIDERS), ...Object.keys(OTHERS), "prior_sampler", "strength", "source", "target", "theta", "upsample"]);
+const SENT_BACK = new Set([...Object.keys(SLIDERS), ...Object.keys(OTHERS), "prior_sampler", "strength", "source", "target", "direction", "theta", "upsample"]);
 
 /** Return the fields of the API that a record names, with its seed; what only describes the image is left out. */
 export function readFields(record) {

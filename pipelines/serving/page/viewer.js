@@ -12,6 +12,7 @@ const RECORD_LABELS = {
   sampler: "Sampler",
   eta: "Distance",
   strength: "Strength",
+  direction: "Direction",
   theta: "Theta",
   source: "From",
   target: "To",

@@ -46,7 +46,7 @@ VALUES: dict[str, Any] = {
     "prior_num_inference_steps": 3,
     "prior_guidance_scale": 6.0,
     "prior_latents": noise(1, 32),
-    "prior_candidates": 16,
+    "prior_candidates": 24,
     "prior_temperature": 0.5,
     "prior_sampler": "dpmsolver++",
     "prior_callback_on_step_end": change,
@@ -80,6 +80,7 @@ VALUES: dict[str, Any] = {
     "inverted": False,
     "frames": 4,
     "theta": 0.9,
+    "direction": "prior",
     "mask_channel": "alpha",
     "padding_mask_crop": 4,
 }
@@ -113,6 +114,10 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "variation": (ImageVariationPipeline, {"image": IMAGE}),
     "inversion": (ImageVariationPipeline, {"image": IMAGE, "eta": 0.5}),
     "edit": (TextDiffPipeline, {"image": IMAGE, "source": "red circle", "target": "blue square"}),
+    "edit by the prior": (
+        TextDiffPipeline,
+        {"image": IMAGE, "source": "red circle", "target": "blue square", "direction": "prior"},
+    ),
     "texts": (InterpolationPipeline, {"anchors": ["red circle", "blue square"], "frames": 2}),
     "images": (InterpolationPipeline, {"anchors": [IMAGE, IMAGE.rotate(90)], "frames": 2}),
     "mix": (InterpolationPipeline, {"anchors": ["red circle", IMAGE], "weights": [1.0, 2.0]}),

@@ -33,7 +33,7 @@ TAKEN = {
     "OutpaintPipeline": OPTION_NAMES,
     "InterpolationPipeline": REDRAWING_OPTIONS,
     "ImageVariationPipeline": DECODER_REDRAWING_OPTIONS,
-    "TextDiffPipeline": DECODER_REDRAWING_OPTIONS,
+    "TextDiffPipeline": REDRAWING_OPTIONS,
     "PriorPipeline": PRIOR_OPTION_NAMES | OPTION_ALIASES.keys(),
 }
 

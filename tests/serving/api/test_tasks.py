@@ -12,11 +12,13 @@ from PIL import Image
 from t2i.pipelines import Text2ImagePipeline
 from t2i.pipelines.jobs import frames, generation
 from t2i.pipelines.jobs.planning import ModelSource, add_shipped_upsampler
+from t2i.pipelines.serving.api.fields import name_field
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.drawing import Drawer
 from t2i.pipelines.serving.engine import StepEngine
 from typer.testing import CliRunner
 
+from t2i import InputError
 from t2i.cli import app
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -106,6 +108,13 @@ CASES = {
         {"image": "red.png"},
         ["edit", "red.png", "--from", "red circle", "--to", "blue square", "--theta", "0.3", "--steps", "3"],
     ),
+    "a text diff by the prior": (
+        "edits",
+        PRIOR | {"source": "red circle", "target": "blue square", "direction": "prior", "candidates": 1},
+        {"image": "red.png"},
+        ["edit", "red.png", "--from", "red circle", "--to", "blue square", "--direction", "prior"]
+        + ["--candidates", "1", *PRIOR_RECORDED],
+    ),
     "a mix": (
         "edits",
         PRIOR | {"prompt": "green", "weights": [1, 2, 0.5]},
@@ -189,6 +198,43 @@ def test_records_name_an_upsampler_beside_the_model_only_where_it_enlarges(pipel
     # Of a model with its own upsampler, the digest has that of all its parts, as the commands' has
     [own, own_enlarged] = [build_record(service.drawer, **more)["weights"] for more in ({}, {"upsample": 1})]
     assert own == own_enlarged == enlarged["weights"]
+
+
+def build_change(**settings) -> DrawRequest:
+    """A change of an image, with the settings under their names in records."""
+    settings = {"source": "red circle", "target": "blue square", "num_inference_steps": 2} | settings
+    thetas = settings.get("theta", 1.0)
+    count = len(thetas) if isinstance(thetas, list) else 1
+    return DrawRequest("text_diff", settings, 7, count, inputs=[FILES["red.png"]], names=["red.png"])
+
+
+def test_each_place_of_a_strip_is_what_its_theta_alone_draws(service):
+    settings = {"direction": "prior", "prior_num_inference_steps": 2, "upsample": 1}
+    strip = service.drawer.draw(build_change(**settings, theta=[0.0, 0.5, 1.0]))
+    for drawn, theta in zip(strip, (0.0, 0.5, 1.0), strict=True):
+        [alone] = service.drawer.draw(build_change(**settings, theta=theta))
+        assert drawn.record == alone.record and drawn.record["theta"] == theta and drawn.seed == 7
+        assert abs(np.asarray(drawn.image).astype(int) - np.asarray(alone.image)).max() <= 1
+
+
+def test_what_does_nothing_without_the_direction_of_the_prior_is_noted(service):
+    settings = {"prior_num_inference_steps": 2}
+    noted = service.drawer.check(build_change(direction="text", **settings))
+    assert noted.notes == ["prior_num_inference_steps has no effect without direction='prior'"]
+    assert list(noted.stages) == ["inversion", "decoder"]
+    checked = service.drawer.check(build_change(direction="prior", **settings))
+    assert checked.notes == [] and checked.stages == {"inversion": 2, "prior": 2, "decoder": 2}
+
+
+def test_the_direction_of_the_prior_is_refused_where_there_is_none(pipeline_folder):
+    pipeline = Text2ImagePipeline.from_pretrained(pipeline_folder)
+    pipeline.register_modules(prior=None, prior_scheduler=None)
+    with StepEngine(pipeline) as engine:
+        drawer = Drawer(engine, ModelSource("models/tiny"))
+        assert "candidates" not in drawer.facts.defaults  # by which the page knows
+        with pytest.raises(InputError, match="this model has no prior") as caught:
+            drawer.check(build_change(direction="prior"))
+    assert name_field(str(caught.value))[0] == "direction"
 
 
 def test_the_shipped_model_is_served_with_the_shipped_upsampler(monkeypatch):

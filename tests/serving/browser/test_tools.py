@@ -184,9 +184,12 @@ def test_a_change_is_a_strip_from_the_one_text_to_the_other(visit):
     drawn = wait_for_card(page, "From “a red circle” to “a blue square”")
     assert len(drawn) == 3 and len({image.tobytes() for image in drawn}) == 3
     card = page.locator(".card").first
-    assert card.locator("figcaption").all_text_contents() == ["0.00", "0.25", "0.50"]
-    # Nothing of it is drawn by chance, so that nothing is drawn "again"
+    assert card.locator("figcaption").all_text_contents() == ["0.00", "0.50", "1.00"]
+    # Next to nothing of it is drawn by chance, so that nothing is drawn "again"
     assert card.get_by_role("button", name="Draw again").count() == 0
+    card.locator(".picture").last.get_by_role("button", name="More actions").click()
+    page.get_by_role("menuitem", name="As code").click()
+    assert '"direction": "prior", "theta": 1' in page.locator("pre").text_content()
 
 
 def test_images_and_texts_are_mixed_by_their_shares(visit):
