@@ -161,9 +161,9 @@ def draw_diffs(gallery: Gallery) -> Image.Image:
     source = ["waving hand", "red apple", "cat face", "red heart"]
     target = ["waving hand: dark skin tone", "green apple", "fox", "blue heart"]
     rows: Rows = {"picture": [*pictures]}
-    for theta in (0.2, 0.35, 0.5):
-        drawn = pipeline(pictures, source=source, target=target, theta=theta, generator=gallery.generators(4))
-        rows[f"theta {theta:g}"] = drawn.images
+    for direction, theta in (("text", 0.2), ("text", 0.35), ("prior", 0.5), ("prior", 1)):
+        way = {"direction": direction, "theta": theta, "generator": gallery.generators(4)}
+        rows[f"{direction}, theta {theta:g}"] = pipeline(pictures, source=source, target=target, **way).images
     return build_labelled_rows(rows, [f"{before} -> {after}" for before, after in zip(source, target)])
 
 
