@@ -37,6 +37,7 @@ def evaluate_emoji(
     from t2i.evaluation.emoji.measures import load_perceptual_judge
     from t2i.evaluation.emoji.real_emoji import RealEmoji
     from t2i.evaluation.results import check_result_folder
+    from t2i.pipelines import TextDiffPipeline
     from t2i.pipelines.jobs.planning import ModelSource, load_pipeline
 
     # Complain before the model loads
@@ -48,7 +49,8 @@ def evaluate_emoji(
 
     # Draw and report
     pipeline: Any = load_pipeline(ModelSource(model, device=device))
-    scores = evaluate_emoji_drawings(pipeline, folder, out, samples, judge)
+    differ = TextDiffPipeline.from_pipe(pipeline)
+    scores = evaluate_emoji_drawings(pipeline, folder, out, samples, judge, differ)
     print("\n".join(format_emoji_scores(scores)))
     if judge is None:
         print_note("the perceptual distance is left out; pip install 't2i[judge]' adds it")

@@ -14,6 +14,7 @@ from t2i.data.manifest import write_manifest
 from t2i.data.sources.samples import Columns
 from t2i.errors import InputError
 from t2i.evaluation.contact_sheet import build_contact_sheet
+from t2i.evaluation.emoji.artist import Artist
 from t2i.evaluation.emoji.drawings import evaluate_emoji_drawings, format_emoji_scores
 from t2i.evaluation.emoji.measures import (
     PerceptualJudge,
@@ -23,6 +24,7 @@ from t2i.evaluation.emoji.measures import (
     load_perceptual_judge,
 )
 from t2i.evaluation.emoji.real_emoji import WORDS_FILE, RealEmoji, get_key_code, strip_name_modifier
+from t2i.evaluation.emoji.style_diffs import choose_style_diffs, score_style_diffs
 
 
 class Copier:
@@ -211,3 +213,44 @@ def test_a_contact_sheet_holds_every_picture():
     sheet = build_contact_sheet([Image.new("RGB", (32, 32), "red")] * 5, ["a very long caption of red"] * 5, columns=2)
     assert sheet.size == (80, 3 * 66)
     assert sum(pixel == (255, 0, 0) for pixel in sheet.get_flattened_data()) == 5 * 32 * 32
+
+
+@pytest.fixture
+def styled_folder(tmp_path):
+    """Two emoji in two styles each, one in one style and one that is held out; a color each."""
+    folder, rows = tmp_path / "styled", []
+    folder.mkdir()
+    names = ["pizza", "pizza, flat", "red heart", "red heart, flat", "hamburger", "star"]
+    for i, text in enumerate(names):
+        Image.new("RGB", (128, 128), (40 * i, 200 - 40 * i, 90)).save(folder / f"{i}.png")
+        row = {"file_name": f"{i}.png", "text": text, "group": "Symbols", "style": "flat" if "flat" in text else "noto"}
+        rows.append(row | {"split": "held_out" if text == "star" else "train"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_manifest(folder, columns=Columns(labels=("group", "style")), quiet=True)
+    return folder
+
+
+@pytest.mark.parametrize(("drawn", "style", "kept"), [("target", 1.0, 1.0), ("source", 0.0, 1.0), ("star", 0.0, 0.0)])
+def test_a_diff_of_style_is_right_if_it_changes_the_style_and_keeps_the_emoji(
+    styled_folder, tmp_path, drawn, style, kept
+):
+    real = RealEmoji(styled_folder)
+    diffs = choose_style_diffs(real)
+    assert {frozenset({one.source.text, one.target.text}) for one in diffs} == {
+        frozenset({"pizza", "pizza, flat"}),
+        frozenset({"red heart", "red heart, flat"}),
+    }
+
+    def change(images, source, target, generator, output_type, direction):
+        """Return the real images of what is `drawn`, as a text diff might."""
+        assert direction == "prior" and len(images) == len(source) == len(generator)
+        texts = {"target": target, "source": source, "star": ["star"] * len(source)}[drawn]
+        records = [next(one for one in real.records if one.text == text) for text in texts]
+        return SimpleNamespace(images=real.load_images(records) / 2 + 0.5)
+
+    change.set_progress_bar_config = lambda **_: None
+    scores = score_style_diffs(Artist(change, 32, {"direction": "prior"}), real, diffs, tmp_path)
+    if drawn == "star":  # has the first style, which is that of some targets
+        style = sum("flat" not in one.target.text for one in diffs) / 2
+    assert scores == {"asked": 2, "style": style, "kept": kept, "right": min(style, kept)}
+    assert (tmp_path / "style-diffs.png").is_file()

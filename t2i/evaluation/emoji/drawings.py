@@ -1,20 +1,18 @@
 """Scores of drawn emoji: each stage by itself and the whole way, and single words. `t2i eval emoji` prints them."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL.Image import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from t2i.data import SampleText
 from t2i.evaluation.contact_sheet import build_contact_sheet, build_labelled_rows, to_pil_images
+from t2i.evaluation.emoji.artist import Artist, save_sheet
 from t2i.evaluation.emoji.measures import PerceptualJudge, compute_psnr, compute_ssim
-from t2i.evaluation.emoji.real_emoji import EMOJI_SIZE, Question, RealEmoji
+from t2i.evaluation.emoji.real_emoji import Question, RealEmoji
+from t2i.evaluation.emoji.style_diffs import choose_style_diffs, score_style_diffs
 from t2i.evaluation.results import check_result_folder, collect_package_versions, write_result_file
-from t2i.progress import Progress, follow_batch
 
 SHEET_IMAGES = 32  # images on the contact sheet of a split, the first ones
 KIND_IMAGES = 5  # of each kind, on the sheet of all kinds
@@ -25,71 +23,21 @@ STAGES = {
 }
 
 
-class Artist:
-    """A pipeline that draws batch by batch; image i of a list has seed i."""
-
-    def __init__(self, pipeline: Any, batch_size: int, settings: dict[str, Any]):
-        self.pipeline, self.batch_size, self.settings = pipeline, batch_size, settings
-        pipeline.set_progress_bar_config(disable=True)
-
-    def draw(self, prompts: list[str], real: Tensor | None = None) -> Tensor:
-        """Return drawings, (N, 3, H, W) in [-1, 1].
-
-        real: images whose z_i are drawn, instead of the prior's, as CLIP sees them, (N, 3, s, s).
-        """
-        seeds = [Generator().manual_seed(i) for i in range(len(prompts))]
-
-        def draw_batch(part: slice) -> Tensor:
-            inputs: dict[str, Any] = {"prompt": prompts[part]}
-            if real is not None:
-                clip = self.pipeline.clip
-                inputs["image_embeds"] = clip.encode_image(real[part].to(self.pipeline.device, clip.dtype))
-            images = self.pipeline(**inputs, generator=seeds[part], output_type="pt", **self.settings).images
-            return images.float().cpu() * 2 - 1
-
-        return self.run_batches(draw_batch, len(prompts), "drawing emoji")
-
-    def reconstruct(self, real: Tensor) -> Tensor:
-        """Return what the autoencoder makes of real images, (N, 3, H, W) in [-1, 1]."""
-        autoencoder = self.pipeline.autoencoder
-
-        def reconstruct_batch(part: slice) -> Tensor:
-            latents = autoencoder.encode(real[part].to(self.pipeline.device, autoencoder.dtype))
-            return autoencoder.decode(latents).float().cpu().clamp(-1, 1)
-
-        return self.run_batches(reconstruct_batch, len(real), "reconstructing emoji")
-
-    @torch.no_grad()
-    def run_batches(self, run: Callable[[slice], Tensor], count: int, what: str) -> Tensor:
-        """Return the images of all batches at the size of the real ones. what: name of the work, for the progress."""
-        drawn = []
-        with Progress(what, count):
-            for part in self.iterate_batches(count):
-                with follow_batch(part.stop - part.start):
-                    drawn.append(run(part))
-        images = torch.cat(drawn)
-        if images.shape[-1] == EMOJI_SIZE:
-            return images
-        return F.interpolate(images, (EMOJI_SIZE, EMOJI_SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
-
-    def iterate_batches(self, count: int) -> Iterator[slice]:
-        for start in range(0, count, self.batch_size):
-            yield slice(start, min(start + self.batch_size, count))
-
-
 def evaluate_emoji_drawings(
     pipeline: Any,
     folder: str | Path,
     out: str | Path,
     samples: int | None = None,
     judge: PerceptualJudge | None = None,
+    differ: Any = None,
     batch_size: int = 32,
     **settings: Any,
 ) -> dict[str, Any]:
     """Draw emoji for their captions, for single keywords and for words that people type, and score the images.
 
     Writes `out/emoji.json` and contact sheets. samples: number of each; None: see `RealEmoji`. judge: measures the
-    perceptual distance; without it the scores lack it. `settings` go to the pipeline, which has the defaults.
+    perceptual distance; without it the scores lack it. differ: the `TextDiffPipeline` of the same model, which changes
+    the style of emoji where the data has several. `settings` go to the pipeline, which has the defaults.
     """
     # Open the data, and refuse what cannot work, before anything is drawn
     out = Path(out)
@@ -127,6 +75,12 @@ def evaluate_emoji_drawings(
 
     # Single words
     scores |= score_words(artist, real, {"keywords": real.choose_keywords(samples), **real.read_words(samples)}, out)
+
+    # Changes of style
+    diffs = choose_style_diffs(real, samples) if differ is not None else []
+    if diffs:
+        direction = {"direction": "text" if differ.prior is None else "prior"}
+        scores["style_diffs"] = score_style_diffs(Artist(differ, batch_size, direction), real, diffs, out) | direction
     scores |= {"samples": samples, "settings": settings, "first_seed": 0, "versions": collect_package_versions()}
     write_result_file(scores, out / "emoji.json")
     return scores
@@ -215,10 +169,6 @@ def draw_caption_sheets(
     save_sheet(build_labelled_rows(rows, [record.text for record in shown]), out / "kinds.png")
 
 
-def save_sheet(sheet: Image, file: Path) -> None:
-    sheet.quantize(256).save(file, optimize=True)  # a fifth of the size, without a visible change
-
-
 def format_emoji_scores(scores: dict[str, Any]) -> list[str]:
     """Return the lines that the command prints."""
     lines = [
@@ -236,4 +186,7 @@ def format_emoji_scores(scores: dict[str, Any]) -> list[str]:
     titles = {"keywords": "single keywords", "words": "words that people type", "sentences": "words in a sentence"}
     lines += ["", *(f"{title}: {scores[name]['right']:.1%} of {scores[name]['asked']} right"
                     for name, title in titles.items() if name in scores)]  # fmt: skip
+    if diffs := scores.get("style_diffs"):
+        parts = f"style changed {diffs['style']:.1%}, emoji kept {diffs['kept']:.1%}, both {diffs['right']:.1%}"
+        lines.append(f"text diffs of the style of {diffs['asked']} real emoji: {parts}")
     return lines

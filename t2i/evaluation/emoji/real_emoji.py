@@ -68,9 +68,13 @@ class RealEmoji:
     def find_style(self, record: SampleText) -> str:
         return FIRST_STYLE if self.styles is None else self.styles.get(record.key, FIRST_STYLE)
 
+    def strip_style(self, record: SampleText) -> str:
+        """Return the name without the style: "pizza" of "pizza, flat"."""
+        return record.text.removesuffix(f", {self.find_style(record)}")
+
     def find_name(self, record: SampleText) -> str:
         """Return the name up to the modifier, without the style."""
-        return strip_name_modifier(record.text.removesuffix(f", {self.find_style(record)}"))
+        return strip_name_modifier(self.strip_style(record))
 
     def choose_captions(self, samples: int | None = None) -> dict[str, list[SampleText]]:
         """Return the captions to draw: "train", which are random ones, "held_out", and those of each kind and style.
