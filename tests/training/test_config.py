@@ -27,7 +27,8 @@ PUBLIC = {
     "kandinsky-2-2",
     "stable-unclip",
 }  # start from public models: tests/training/test_public_finetuning.py builds
-MODELS = [path for path in SHIPPED if path.stem != "cache" and path.parent.name not in PUBLIC]
+STYLES = "emoji-styles"  # starts from models/emoji
+MODELS = [path for path in SHIPPED if path.stem != "cache" and path.parent.name not in PUBLIC | {STYLES}]
 
 
 def stage_of(path: Path) -> str:
@@ -111,7 +112,7 @@ def test_a_stage_without_a_file_takes_the_recipe_that_fits_any_data_where_it_has
 
 
 def test_configurations_exist_for_every_stage_and_size():
-    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-quick", "emoji-variants", "base"} | PUBLIC
+    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-quick", "emoji-variants", "base", STYLES} | PUBLIC
     for size in ("tiny", "emoji", "base"):
         assert {stage_of(path) for path in SHIPPED if path.parent.name == size} == {
             "clip",
@@ -122,6 +123,14 @@ def test_configurations_exist_for_every_stage_and_size():
             "upsampler",
             "classifier",
         }
+
+
+def test_the_recipe_of_styles_starts_from_the_shipped_model_and_from_its_own_stages():
+    files = {path.stem: config_of(path) for path in SHIPPED if path.parent.name == STYLES}
+    assert set(files) == {"clip-pairs", "clip", "autoencoder", "cache", "prior", "decoder"}
+    inits = {stage: Path(config.init) for stage, config in files.items() if stage != "cache"}
+    assert inits.pop("clip") == Path(files["clip-pairs"].train.output)
+    assert all((CONFIG_FOLDER.parent / init / "config.json").is_file() for init in inits.values())
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*/cache.yaml")), ids=lambda path: path.parent.name)
