@@ -248,9 +248,9 @@ def test_a_diff_of_style_is_right_if_it_changes_the_style_and_keeps_the_emoji(
         records = [next(one for one in real.records if one.text == text) for text in texts]
         return SimpleNamespace(images=real.load_images(records) / 2 + 0.5)
 
-    change.set_progress_bar_config = lambda **_: None
-    scores = score_style_diffs(Artist(change, 32, {"direction": "prior"}), real, diffs, tmp_path)
+    change.set_progress_bar_config, change.prior = lambda **_: None, "a prior"
+    scores = score_style_diffs(Artist(change, 32, {}), real, diffs, tmp_path)
     if drawn == "star":  # has the first style, which is that of some targets
         style = sum("flat" not in one.target.text for one in diffs) / 2
-    assert scores == {"asked": 2, "style": style, "kept": kept, "right": min(style, kept)}
+    assert scores == {"asked": 2, "direction": "prior", "style": style, "kept": kept, "right": min(style, kept)}
     assert (tmp_path / "style-diffs.png").is_file()

@@ -112,7 +112,14 @@ def test_a_stage_without_a_file_takes_the_recipe_that_fits_any_data_where_it_has
 
 
 def test_configurations_exist_for_every_stage_and_size():
-    assert {path.parent.name for path in SHIPPED} == {"tiny", "emoji", "emoji-quick", "emoji-variants", "base", STYLES} | PUBLIC
+    assert {path.parent.name for path in SHIPPED} == {
+        "tiny",
+        "emoji",
+        "emoji-quick",
+        "emoji-variants",
+        "base",
+        STYLES,
+    } | PUBLIC
     for size in ("tiny", "emoji", "base"):
         assert {stage_of(path) for path in SHIPPED if path.parent.name == size} == {
             "clip",

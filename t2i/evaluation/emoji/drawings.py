@@ -77,10 +77,8 @@ def evaluate_emoji_drawings(
     scores |= score_words(artist, real, {"keywords": real.choose_keywords(samples), **real.read_words(samples)}, out)
 
     # Changes of style
-    diffs = choose_style_diffs(real, samples) if differ is not None else []
-    if diffs:
-        direction = {"direction": "text" if differ.prior is None else "prior"}
-        scores["style_diffs"] = score_style_diffs(Artist(differ, batch_size, direction), real, diffs, out) | direction
+    if differ is not None and (diffs := choose_style_diffs(real, samples)):
+        scores["style_diffs"] = score_style_diffs(Artist(differ, batch_size, {}), real, diffs, out)
     scores |= {"samples": samples, "settings": settings, "first_seed": 0, "versions": collect_package_versions()}
     write_result_file(scores, out / "emoji.json")
     return scores

@@ -38,18 +38,18 @@ def choose_style_diffs(real: RealEmoji, samples: int | None = None) -> list[Styl
 def score_style_diffs(artist: Artist, real: RealEmoji, diffs: list[StyleDiff], out: Path) -> dict[str, Any]:
     """Draw the diffs, write a sheet of the first ones, and return the fractions that are right.
 
-    artist: of a `TextDiffPipeline`, with its settings. style: the nearest real emoji has the target's style; kept: it
+    artist: of a `TextDiffPipeline`. style: the nearest real emoji has the target's style; kept: it
     has the source's name; right: both.
     """
-    # Draw
+    # Draw. The paper's direction is left to models without a prior.
+    direction = "text" if artist.pipeline.prior is None else "prior"
     sources = real.load_images([diff.source for diff in diffs])
 
     def draw_batch(part: slice) -> Tensor:
         before, after = ([getattr(diff, end).text for diff in diffs[part]] for end in ("source", "target"))
         seeds = [Generator().manual_seed(i) for i in range(part.start, part.stop)]
-        images = artist.pipeline(
-            to_pil_images(sources[part]), before, after, generator=seeds, output_type="pt", **artist.settings
-        ).images
+        options = {"generator": seeds, "direction": direction, "output_type": "pt"}
+        images = artist.pipeline(to_pil_images(sources[part]), before, after, **options).images
         return images.float().cpu() * 2 - 1
 
     images = artist.run_batches(draw_batch, len(diffs), "changing styles")
@@ -63,4 +63,6 @@ def score_style_diffs(artist: Artist, real: RealEmoji, diffs: list[StyleDiff], o
     rows = {"real": to_pil_images(sources[: len(shown)]), "changed": to_pil_images(images[: len(shown)])}
     rows["real, target style"] = to_pil_images(real.load_images([diff.target for diff in shown]))
     save_sheet(build_labelled_rows(rows, [diff.target.text for diff in shown]), out / "style-diffs.png")
-    return {"asked": len(diffs)} | {name: round(sum(hit) / len(diffs), 4) for name, hit in hits.items()}
+    return {"asked": len(diffs), "direction": direction} | {
+        name: round(sum(hit) / len(diffs), 4) for name, hit in hits.items()
+    }
