@@ -26,13 +26,12 @@ class StyleDiff:
 
 def choose_style_diffs(real: RealEmoji, samples: int | None = None) -> list[StyleDiff]:
     """Return pairs of training emoji with one name in two styles, by default 50, the same at every call."""
-    by_name: dict[str, list[SampleText]] = {}
+    by_name: dict[str, dict[str, SampleText]] = {}
     for record in real.records:
         if record.split == "train":
-            by_name.setdefault(real.strip_style(record), []).append(record)
-    several = [records for records in by_name.values() if len(records) > 1]
-    chosen = draw_sample(several, samples or STYLE_DIFFS)
-    return [StyleDiff(*random.Random(records[0].text).sample(records, 2)) for records in chosen]
+            by_name.setdefault(real.strip_style(record), {})[real.find_style(record)] = record
+    chosen = draw_sample([name for name, styles in by_name.items() if len(styles) > 1], samples or STYLE_DIFFS)
+    return [StyleDiff(*random.Random(name).sample([*by_name[name].values()], 2)) for name in chosen]
 
 
 def score_style_diffs(artist: Artist, real: RealEmoji, diffs: list[StyleDiff], out: Path) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_methods_on_networks_that_there_are_not_are_refused(pipeline):
         ({"guidance_scale": 1.0, "guidance_rescale": 0.5}, "guidance_rescale has no effect: the decoder is not guided"),
         ({"guidance_scale": {"scale": 1.0, "rescale": 0.5}}, "guidance_scale has no effect beyond its scale: 1 is no"),
         ({"sampler": "ddim", "use_clipped_model_output": True}, "has no effect: this scheduler clips nothing"),
-        ({"upsample_steps": 4, "preview_every": 1, "prior_candidates": 2, "image_embeds": torch.ones(1, 32)}, ""),
+        ({"upsample_steps": 4, "preview_every": 1, "prior_candidates": None, "image_embeds": torch.ones(1, 32)}, ""),
     ),
 )
 def test_arguments_without_an_effect_are_named(pipeline, caplog, settings, message):
