@@ -1,7 +1,7 @@
 # make demo   install, then draw "a cat" with the model in models/emoji
 # make serve  install, then serve that model and print the address of its page; SERVE="--port 9000" adds options
 # make test   install, then run the tests: five minutes on two cores
-# make test-all every test but the full sweep of `make faults`, and `make test-deploy`: 12 to 18 minutes on two cores
+# make test-all every test but the full sweep of `make faults`, and `make test-deploy`
 # make lint   ruff and mypy
 # make docs build the site of the documents in build/site, offline; a broken link stops it
 # make emoji  train the shipped model anew, all stages, as a run that resumes: seven hours of a core

@@ -116,7 +116,8 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "edit": (TextDiffPipeline, {"image": IMAGE, "source": "red circle", "target": "blue square"}),
     "edit by the prior": (
         TextDiffPipeline,
-        {"image": IMAGE, "source": "red circle", "target": "blue square", "direction": "prior"},
+        # Of its 16 candidates the same one may be taken as of more
+        {"image": IMAGE, "source": "red circle", "target": "blue square", "direction": "prior", "prior_candidates": 2},
     ),
     "texts": (InterpolationPipeline, {"anchors": ["red circle", "blue square"], "frames": 2}),
     "images": (InterpolationPipeline, {"anchors": [IMAGE, IMAGE.rotate(90)], "frames": 2}),
@@ -147,7 +148,7 @@ def find_silent_arguments(pipe: Any, arguments: dict[str, Any], caplog: pytest.L
     arguments = {name: value for name, value in arguments.items() if f"prior_{name}" not in arguments.keys() & taken}
     plain, silent = draw(pipe, arguments), []
     for name, value in VALUES.items():
-        if name not in taken or name in arguments and name not in {"strength", *GUIDED, *QUICK}:
+        if name not in taken or name in arguments and name not in {"strength", "prior_candidates", *GUIDED, *QUICK}:
             continue
         caplog.clear()
         try:
