@@ -217,7 +217,7 @@ def test_a_contact_sheet_holds_every_picture():
 
 @pytest.fixture
 def styled_folder(tmp_path):
-    """Two emoji in two styles each, one in one style and one that is held out; a color each."""
+    """Two emoji in two styles each, one in one style and one that is held out; a colour each."""
     folder, rows = tmp_path / "styled", []
     folder.mkdir()
     names = ["pizza", "pizza, flat", "red heart", "red heart, flat", "hamburger", "star"]
