@@ -78,7 +78,7 @@ def test_what_invert_finds_can_be_given_instead_of_the_picture(vary):
 
 def test_the_noise_of_a_picture_drawn_from_known_noise_is_that_noise(vary):
     z_i, noise = vary.encode_image(read_images(picture(), 32)), torch.randn(1, *vary.latent_shape)
-    options = build_inversion_options({"num_inference_steps": 8, "output_type": "latent"})
+    _, options = build_inversion_options({"num_inference_steps": 8, "output_type": "latent"})
     drawn = vary.redraw_images(BipartiteLatent(z_i, noise), None, options, seeds(0))
     vary.encode_latents = lambda pictures: drawn
     torch.testing.assert_close(vary.invert(picture(), num_inference_steps=8).latents, noise, atol=0.03, rtol=0)

@@ -14,8 +14,6 @@ from pathlib import Path
 import httpx2
 import psutil
 
-from tests.helpers.processes.forked import ForkedProgram
-
 
 @dataclass(frozen=True)
 class Usage:
@@ -40,21 +38,15 @@ class ServerProcess:
 
     def __init__(self, model: str, *options: str):
         self.model = model
-        self.process: ForkedProgram | subprocess.Popen
         self.http = httpx2.Client(timeout=60)
         self.folder = tempfile.TemporaryDirectory(prefix="t2i-load-")
-        command = ["-m", "t2i", "serve", "--model", model, "--port", "0", *options]
+        command = [sys.executable, "-m", "t2i", "serve", "--model", model, "--port", "0", *options]
         environment = os.environ | {"TMPDIR": self.folder.name, "OMP_NUM_THREADS": "1"}
         # A file, for nobody reads a pipe once the server runs
         self.log = Path(self.folder.name) / "output.txt"
         with self.log.open("w") as output:
             # In a group of its own, for signals that a terminal sends to all of its processes
-            if "PYTEST_CURRENT_TEST" in os.environ:
-                prints = (output.fileno(), 2)
-                self.process = ForkedProgram(command, environment=environment, prints=prints, own_group=True)
-            else:  # memory is measured
-                command = [sys.executable, *command]
-                self.process = subprocess.Popen(command, stdout=output, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=output, env=environment, start_new_session=True)
         try:
             self.address = self.wait_for_address()
         except BaseException:
