@@ -47,7 +47,11 @@ from t2i.files.fingerprints import compute_weights_fingerprint
 from t2i.files.model_folder import load_model, save_model_folder
 from t2i.interop.parts import PublicPart
 from t2i.interop.trainable import CLIPSummary, find_trainable_part, load_trainable_prior
-from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components
+from t2i.networks.autoregressive_prior import (
+    AutoregressivePrior,
+    compute_code_cross_entropy,
+    count_principal_components,
+)
 from t2i.networks.prior import Prior
 from t2i.networks.public.eclipse import EclipsePrior
 from t2i.networks.regression_prior import REGRESSION_KINDS, RegressionPrior
@@ -264,16 +268,10 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
     arguments, needed = collect_model_arguments(config), collect_clip_arguments(config, source.clip_facts)
     prior_class = ARCHITECTURES[config.architecture]
     if config.architecture in REGRESSION_KINDS:
-        prior = build_or_explain(prior_class, "model", arguments, **needed)
-        mean, std = source.compute_statistics()
-        prior.set_embed_statistics(mean, std)
-        return prior
+        return set_data_statistics(config, build_or_explain(prior_class, "model", arguments, **needed), source)
     needed["null_length"] = source.null().states.shape[1]
     if config.architecture == "diffusion":
-        prior = build_or_explain(prior_class, "model", arguments, **needed)
-        mean, std = source.compute_statistics()
-        prior.set_embed_statistics(source.null(), mean, std)
-        return prior
+        return set_data_statistics(config, build_or_explain(prior_class, "model", arguments, **needed), source)
     # An autoregressive prior, perhaps on top of a regression
     regression = None
     if config.regression is not None:
@@ -287,17 +285,27 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
     # A trial for bad arguments, before all images are encoded
     with torch.device("meta"):
         build_or_explain(prior_class, "model", {"components": 1} | arguments, **needed)
-    embeddings = source.collect_embeds()
-    arguments = {"components": count_principal_components(embeddings, config.explained_variance)} | arguments
-    prior = build_or_explain(prior_class, "model", arguments, **needed)
-    prior.set_embed_statistics(source.null(), embeddings)
+    components = count_principal_components(source.collect_embeds(), config.explained_variance)
+    prior = build_or_explain(prior_class, "model", {"components": components} | arguments, **needed)
+    set_data_statistics(config, prior, source)
     if regression is not None:
         prior.regressor.load_state_dict(regression.state_dict())
     return prior
 
 
+def set_data_statistics(config: Config, prior: Any, source: EncodingSource) -> Any:
+    """Return a prior, with the null and the statistics of the data set in it."""
+    if config.architecture in REGRESSION_KINDS:
+        prior.set_embed_statistics(*source.compute_statistics())
+    elif config.architecture == "diffusion":
+        prior.set_embed_statistics(source.null(), *source.compute_statistics())
+    else:
+        prior.set_embed_statistics(source.null(), source.collect_embeds())
+    return prior
+
+
 def load_init_prior(config: Config, source: EncodingSource, public: PublicPart | None) -> Any:
-    """Return the prior `init`, whose null and statistics belong to its weights; a public one gets the data's null."""
+    """Return the prior `init`, with its own null and statistics; one of another CLIP, or public, gets the data's."""
     clip, init = source.clip_facts, str(config.init)
     if public is None:
         prior = load_model(ARCHITECTURES[config.architecture], init)
@@ -305,7 +313,9 @@ def load_init_prior(config: Config, source: EncodingSource, public: PublicPart |
         summary = CLIPSummary(clip.embed_dim, clip.text_width, clip.unit_length, source.null())
         prior = load_trainable_prior(public, summary)
     settings, needed = collect_model_arguments(config), collect_clip_arguments(config, clip)
-    return prepare_init_model(prior, init, settings, **needed)
+    has_other_clip = prior.config.get("clip_fingerprint") not in (None, clip.identity)
+    prior = prepare_init_model(prior, init, settings, **needed)
+    return set_data_statistics(config, prior, source) if has_other_clip else prior
 
 
 def compute_denoising_loss(
@@ -334,21 +344,10 @@ def compute_autoregressive_loss(
         noise = config.code_noise * prior.config.buckets * torch.randn(codes.shape, device=codes.device)
         inputs = (codes + noise.round().long()).clamp(0, prior.config.buckets - 1)
     logits = model(condition, inputs).float()
-    losses = compute_cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
+    losses = compute_code_cross_entropy(logits, codes, config.label_smoothing if model.training else 0.0)
     # Position 0 is the dot product with z_t; after it come the principal components, the largest first.
     parts = {"loss_dot": losses[:, 0].mean().detach(), "loss_first": losses[:, 1:9].mean().detach()}
     return {"loss": losses.mean(), **parts}
-
-
-def compute_cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
-    """Return the cross-entropy of codes, (B, L), from logits (B, L, buckets) and the true codes, (B, L), int64.
-
-    smoothing: standard deviation, in buckets, of a Gaussian target around the true bucket; 0 is that bucket alone.
-    """
-    if smoothing == 0:
-        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
-    distance = (torch.arange(logits.shape[-1], device=codes.device) - codes[..., None]) / smoothing
-    return -((-0.5 * distance.square()).softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def compute_eclipse_loss(config: Config, model: Module, text: TextEncoding, z_i: Tensor) -> dict[str, Tensor]:

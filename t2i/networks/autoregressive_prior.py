@@ -281,6 +281,17 @@ def select_code_buckets(logits: Tensor, quantiles: Tensor, temperature: float) -
     return buckets.clamp(max=logits.shape[-1] - 1)
 
 
+def compute_code_cross_entropy(logits: Tensor, codes: Tensor, smoothing: float) -> Tensor:
+    """Return the cross-entropy of codes, (B, L), from logits (B, L, buckets) and the true codes, (B, L), int64.
+
+    smoothing: standard deviation, in buckets, of a Gaussian target around the true bucket; 0 is that bucket alone.
+    """
+    if smoothing == 0:
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
+    distance = (torch.arange(logits.shape[-1], device=codes.device) - codes[..., None]) / smoothing
+    return -((-0.5 * distance.square()).softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
 def compute_principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean, (D,), components of unit length as rows, (D, D), by decreasing variance, and variances, (D,)."""
     embeddings = embeddings.double()

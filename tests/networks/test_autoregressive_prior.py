@@ -2,11 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from t2i.training.train_prior import compute_cross_entropy
 
 from t2i.diffusion.condition import TextEncoding
 from t2i.diffusion.sampling_loop import Sampling
-from t2i.networks.autoregressive_prior import AutoregressivePrior, count_principal_components, select_code_buckets
+from t2i.networks.autoregressive_prior import (
+    AutoregressivePrior,
+    compute_code_cross_entropy,
+    count_principal_components,
+    select_code_buckets,
+)
 from tests.helpers.small_priors import LENGTH, D, W, autoregressive, captions, shaken, unit
 from tests.helpers.stages import seeds
 
@@ -95,7 +99,7 @@ def test_it_learns_a_distribution_that_is_known():
         which = torch.randint(2, (256,))
         point = torch.multinomial(tables[which].flatten(1), 1)[:, 0]
         codes = prior.quantise_image_embeds(text(which).embedding, points.view(4, 3)[point])
-        loss = compute_cross_entropy(prior(text(which), codes), codes, 0).mean()
+        loss = compute_code_cross_entropy(prior(text(which), codes), codes, 0).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -148,6 +152,8 @@ def test_guidance_away_from_the_caption_itself_goes_nowhere():
 
 def test_smoothed_targets_are_plain_ones_for_no_smoothing_and_sum_to_one():
     logits, codes = torch.randn(3, 5, 8), torch.randint(8, (3, 5))
-    torch.testing.assert_close(compute_cross_entropy(logits, codes, 1e-3), compute_cross_entropy(logits, codes, 0))
+    torch.testing.assert_close(
+        compute_code_cross_entropy(logits, codes, 1e-3), compute_code_cross_entropy(logits, codes, 0)
+    )
     flat = torch.zeros(3, 5, 8)
-    torch.testing.assert_close(compute_cross_entropy(flat, codes, 2.0), torch.full((3, 5), 8.0).log())
+    torch.testing.assert_close(compute_code_cross_entropy(flat, codes, 2.0), torch.full((3, 5), 8.0).log())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, ModelMixin, SchedulerMixin
 
 from t2i.diffusion.flow import FLOW_PREDICTION, get_flow_shift, get_prediction_type, is_flow
@@ -27,12 +28,16 @@ def prepare_init_model(model: Model, init: str, settings: dict[str, Any], **need
         settings: the architecture in the configuration; left out, that of the model.
         needed: arguments of the model that follow from the data and the frozen models.
 
-    Raises InputError if the model was made with other arguments.
+    Raises InputError if the model was made with other arguments. Another CLIP may take the place of its own, with
+    embeddings of the same size: the model learns them in training, and stores the new fingerprint.
     """
-    # A public model does not store its CLIP, so there is nothing to compare with.
-    if model.config.get("clip_fingerprint", "") is None:
-        needed.pop("clip_fingerprint", None)
+    stored, current = model.config.get("clip_fingerprint"), needed.pop("clip_fingerprint", None)
     check_same_setting("", {**settings, **needed}, model.config, init)
+    # A public model does not store its CLIP, so there is nothing to compare with
+    if stored not in (None, current):
+        note = f"init={init!r} was trained with another CLIP, whose embeddings may differ: it learns those of this one"
+        print_note(note, is_shown=PartialState().is_local_main_process)
+        model.register_to_config(clip_fingerprint=current)
     return model.float()
 
 

@@ -32,7 +32,7 @@ class GivenImage:
 
 
 class StoredImage(Image.Image):
-    """An image as its file, decoded when its pixels are first used, so that requests that wait hold files alone.
+    """An image as its file, decoded when its pixels are used, so that requests hold files and small images alone.
 
     decoded: the image, of which mode and size are kept. decode: returns it again.
     """
@@ -41,10 +41,19 @@ class StoredImage(Image.Image):
         super().__init__()
         self._mode, self._size, self.decode = decoded.mode, decoded.size, decode
 
-    def load(self) -> Any:
-        # It becomes the decoded image, as stubs of Pillow's own do, and lets go of the file
+    def decode_pixels(self) -> Image.Image:
         image = self.decode()
         assert image is not None
+        return image
+
+    def convert(self, mode: str | None = None, *arguments: Any, **options: Any) -> Image.Image:
+        # Pipelines begin so, and then resize: this image stays a file while they draw
+        image = self.decode_pixels()
+        return image if mode == image.mode else image.convert(mode, *arguments, **options)
+
+    def load(self) -> Any:
+        # It becomes the decoded image, as stubs of Pillow's own do, and lets go of the file
+        image = self.decode_pixels()
         self.__class__, self.__dict__ = image.__class__, image.__dict__  # type: ignore[assignment]
         return image.load()
 
