@@ -23,6 +23,7 @@ from t2i.pipelines.serving.workers import RemoteDrawer
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
 from t2i.runtime.devices import resolve_device_name
+from t2i.runtime.memory import return_large_memory
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore |
 
 def serve(source: ModelSource, settings: ServerSettings) -> None:
     """Load a model, listen, and answer requests until the process is told to stop."""
+    return_large_memory()
     # Refuse what is wrong before the model loads
     open_request_log(settings.log_file)
     listener = open_socket(settings.host, settings.port)

@@ -25,6 +25,7 @@ from t2i.pipelines.serving.engine import Cancelled
 from t2i.pipelines.serving.messages import decode_message, encode_message
 
 from t2i.errors import InputError
+from t2i.runtime.memory import return_large_memory
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def run_worker(connection: Connection, source: ModelSource, max_batch: int, proc
     processes: those of this machine that load a model on the same device.
     """
     end_with_server()
+    return_large_memory()
     # The server ends its workers by closing the connection, after they have drawn what they have. Signals that a
     # terminal or systemd sends to all processes are for the server.
     for number in (signal.SIGINT, signal.SIGTERM):

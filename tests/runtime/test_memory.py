@@ -1,5 +1,6 @@
 """What a batch needs, counted before it is drawn; what there is; and what is refused, or halved, then."""
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ from t2i.runtime.memory import (
     run_in_halves,
 )
 from tests.commands.test_cli import QUICK, run
+from tests.helpers.processes.forked import run_program
 from tests.interop.test_loading import ONE_EACH, load
 
 FEW = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "prior_candidates": 1}
@@ -137,6 +139,28 @@ def test_what_was_freed_is_given_back_to_the_system() -> None:
     del pieces
     release_freed_memory()
     assert process.memory_info().rss < held - 100_000_000 and last.sum() == 2**14
+
+
+LARGE_BLOCKS = """
+import psutil, torch
+from t2i.runtime.memory import return_large_memory
+if {returns}: return_large_memory()
+torch.ones(2**21)  # the first that is freed, of 8 MB, teaches glibc to keep the next
+small, large = [torch.ones(2**12)], [torch.ones(2**21) for _ in range(16)]
+small.append(torch.ones(2**12))  # behind the large ones
+held = psutil.Process().memory_info().rss
+del large
+print((held - psutil.Process().memory_info().rss) // 2**20)
+"""
+
+
+def test_servers_return_the_memory_of_large_images_at_once(tmp_path):
+    freed = []
+    for returns in (True, False):
+        path = tmp_path / f"{returns}.py"
+        path.write_text(LARGE_BLOCKS.format(returns=returns))
+        freed.append(int(run_program([path], environment=os.environ | {"OMP_NUM_THREADS": "1"}).stdout))
+    assert freed[0] >= 120 > freed[1]
 
 
 def allocated(work: Any) -> int:

@@ -31,7 +31,7 @@ class Limits:
     files: int = 17  # 16 images, as OpenAI's API takes, and a mask
     fields: int = 64
     field_bytes: int = 64 * 2**10
-    held_bytes: int = 192 * 2**20
+    held_bytes: int = 256 * 2**20
     head_bytes: int = 16 * 2**10
     # Seconds, long enough for a slow line, and short beside a drawing
     head_seconds: float = 10.0

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
+from t2i.pipelines.inputs import read_images
 from t2i.pipelines.serving.api import uploads
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.api.images import GivenImage, StoredImage
@@ -111,6 +113,14 @@ def test_who_sends_many_images_keeps_others_waiting_for_one(monkeypatch, keys):
     # Without keys every request takes turns
     assert order.index(b"third") <= 2 and len(order) == 9
     assert (b"second" in order[:2]) == (keys[1] == "")
+
+
+def test_an_image_that_a_pipeline_makes_smaller_stays_a_file():
+    drawn = Image.effect_noise((96, 64), 90).convert("RGB")
+    image = Upload("a.png", encode_png(drawn)).image.pixels
+    for _ in range(2):  # for the decoder and for CLIP
+        assert torch.equal(read_images(image, 32), read_images(drawn, 32)) and isinstance(image, StoredImage)
+    assert image.convert("L").tobytes() == drawn.convert("L").tobytes() and isinstance(image, StoredImage)
 
 
 def test_requests_that_wait_hold_files_and_are_drawn_from_the_same_pixels():
