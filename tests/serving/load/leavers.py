@@ -116,7 +116,9 @@ async def check_deaf_clients(server: ServerProcess, scale: Scale) -> list[Row]:
     async with Client(server.address) as client:
         with ExitStack() as stack:
             expected = await draw_expected(client, asks)
-            await client.run_closed_loop(scale.max_batch, asks, 2 * scale.max_batch)  # takes the memory of a full batch
+            # Takes the memory of full batches of edits, and of requests as those that are not read
+            await client.run_closed_loop(scale.max_batch, asks, 2 * scale.max_batch)
+            await asyncio.gather(*(client.send(asks[0], n=8) for _ in range(scale.deaf_clients)))
             before, start = server.measure_usage().rss, time.perf_counter()
             deaf = [stack.enter_context(ask_and_never_read(server, scale)) for _ in range(scale.deaf_clients)]
             ports = {one.getsockname()[1] for one in deaf}
