@@ -123,6 +123,8 @@ def format_versions(results: list[dict[str, Any]]) -> str:
     for result in results:
         versions = ", ".join(map(" ".join, result["machine"]["versions"].items()))
         commands.setdefault(versions, []).append(f"`{result['command']}`")
+    if len(commands) == 1:
+        return f"Versions: {next(iter(commands))}."
     return "\n".join(f"Versions of {', '.join(names)}: {versions}." for versions, names in commands.items())
 
 

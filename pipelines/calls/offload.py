@@ -1,5 +1,8 @@
 """Offloading of a pipeline's components: to a disk, and by pipelines that share them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -11,9 +14,55 @@ from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from torch.nn import Module
 
+# The devices of pipelines, by id, for the time of a call
+DEVICES: ContextVar[dict[int, torch.device] | None] = ContextVar("DEVICES", default=None)
+
+
+@contextmanager
+def remember_devices() -> Iterator[None]:
+    """Look for the hooks that tell a pipeline's device once inside the block, which does not change them.
+
+    diffusers searches all modules of all components each time, which takes as long as a step of a small model.
+    """
+    token = DEVICES.set({})
+    try:
+        yield
+    finally:
+        DEVICES.reset(token)
+
+
+def has_hooks(model: Module) -> bool:
+    """Return True if a module or one inside it has hooks of accelerate or diffusers."""
+    modules = [model]
+    # `Module.modules` takes five times as long
+    while modules:
+        module = modules.pop()
+        if "_diffusers_hook" in module.__dict__ or "_hf_hook" in module.__dict__:
+            return True
+        modules += [part for part in module._modules.values() if part is not None]
+    return False
+
 
 class DiskOffloading(DiffusionPipeline):
     """A pipeline whose components are offloaded to folders of their own, and by all pipelines that share them."""
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Device that the components compute on."""
+        known = DEVICES.get()
+        if known is None:
+            return self.find_execution_device()
+        if id(self) not in known:
+            known[id(self)] = self.find_execution_device()
+        return known[id(self)]
+
+    def find_execution_device(self) -> torch.device:
+        """Return the device that the components compute on: that of hooks, or where the weights are, not on a CPU."""
+        models = [part for part in self.components.values() if isinstance(part, Module)]
+        if not models or any(map(has_hooks, models)):
+            return super()._execution_device
+        devices = [next(model.parameters()).device for model in models]
+        return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
 
     def enable_group_offload(
         self,

@@ -14,6 +14,7 @@ import torch
 from t2i.pipelines.calls.aliases import resolve_aliases
 from t2i.pipelines.calls.arguments import check_argument_order
 from t2i.pipelines.calls.effects import CallEffects, Idle, warn_of_idle_arguments
+from t2i.pipelines.calls.offload import remember_devices
 from t2i.pipelines.calls.unknown_words import collect_texts, report_unknown_words
 from t2i.pipelines.options import GUIDANCE_OPTIONS, OPTION_NAMES, DecoderOptions, PriorOptions
 
@@ -64,7 +65,8 @@ def declare_pipeline_call(
                 named = {name: value for name, value in named.items() if name in own} | {"resolved": resolved}
             pipeline.interrupted = pipeline._interrupt = False
             unknown = report_unknown_words(pipeline, collect_texts(bound))
-            output = call(pipeline, *arguments, **named)
+            with remember_devices():
+                output = call(pipeline, *arguments, **named)
             if unknown and not isinstance(output, tuple):
                 output.unknown_words = unknown
             return output

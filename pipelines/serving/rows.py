@@ -25,7 +25,7 @@ DENOISERS = ("prior", "decoder", "upsampler")
 class PreparedCondition:
     """A condition of one request, and the timesteps that are prepared with it; the context of its steps."""
 
-    owner: object  # the request
+    owner: Any  # the request, a `Drawing`
     condition: Condition
     timesteps: Tensor | None = None
     context: Any = None  # of this condition alone, for steps that bypass the engine

@@ -8,7 +8,10 @@ which is Euler's method for the probability-flow ODE dx / dphi = v, exact where 
 rectified flow, with sigma for phi, the step is x_s = x_t - d v with d = sigma_t - sigma_s: Euler's method too.
 """
 
+import copy
+import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -138,10 +141,19 @@ def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, 
     # A class's own default would clip what the model was not trained to have clipped
     if "clip_sample" in accepted:
         shared.setdefault("clip_sample", False)
-    built = kind(**{**{key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS}, **settings})
+    own = {key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS} | settings
+    # Computing a noise schedule takes as long as a step of a small model, and each drawing asks for the same ones
+    # Shared tensors are never changed in place, and lists are new for each sampling (`set_timesteps`)
+    built = copy.copy(construct_scheduler(kind, json.dumps(own, default=lambda array: array.tolist())))
     if flow:  # the shift, which a DDIMScheduler has no argument for
         built.register_to_config(flow_shift=flow["flow_shift"])
     return built
+
+
+@lru_cache(maxsize=64)
+def construct_scheduler(kind: type[SchedulerMixin], settings: str) -> Any:
+    """Return a scheduler of a class with settings in JSON; equal ones are one object, to be copied."""
+    return kind(**json.loads(settings))
 
 
 @torch.no_grad()

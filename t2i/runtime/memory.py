@@ -23,7 +23,7 @@ from t2i.runtime.hooks import list_hooks
 
 logger = logging.getLogger(__name__)
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGE_BLOCK = 8 * 2**20
 # An automatic batch size leaves room for this many times the count: allocators keep part of what is freed.
 MEMORY_MARGIN = 2.0
@@ -63,7 +63,10 @@ def return_large_memory() -> None:
     glibc learns from the first that is freed to keep blocks of up to 32 MiB, in each thread. Others have no such call.
     """
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        # Set together, or smaller blocks would go back too, which takes longer than what is computed in them
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGE_BLOCK)
 
 
 def measure_available_memory(device: torch.device | str = "cpu") -> AvailableMemory:

@@ -110,7 +110,7 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_versions_are_told_once_if_they_are_the_same() -> None:
     one, two = ({"command": name, "machine": {"versions": {"torch": "1", "numpy": "2"}}} for name in "ab")
-    assert report.format_versions([one, two]) == "Versions of `a`, `b`: torch 1, numpy 2."
+    assert report.format_versions([one, two]) == "Versions: torch 1, numpy 2."
     two["machine"]["versions"] = {"torch": "3"}
     lines = report.format_versions([one, two]).splitlines()
     assert lines == ["Versions of `a`: torch 1, numpy 2.", "Versions of `b`: torch 3."]

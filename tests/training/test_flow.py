@@ -145,7 +145,7 @@ def test_the_command_of_the_page_trains_a_decoder(shapes, runs, tmp_path):
     ]
     main(load_config(Config, "decoder", [*command.split(), *tiny, "train.sample_every=0"]))
     stored = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "decoder" / "scheduler")
-    assert stored.shift == given.scheduler["shift"] == 2.0
+    assert stored.shift == given.scheduler["shift"] == 4.0
 
 
 def test_a_stage_is_trained_further_by_adapters_and_by_no_other_objective(shapes, runs, flow_runs, tmp_path):

@@ -68,7 +68,7 @@ export function openView(title, { kind = "" } = {}) {
   const id = newId("dialog");
   const heading = h("h2", { id }, title);
   const body = h("div", { class: "view-body" });
-  const actions = h("footer", { class: "view-actions" });
+  const actions = h("div", { class: "view-actions" });
   const opener = document.activeElement;
   const dialog = h("dialog", { class: `view ${kind}`, "aria-labelledby": id });
   const close = () => dialog.close();

@@ -140,7 +140,7 @@ export class Settings {
         prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name))) : null,
         h("p", { class: "hint", id: "history-size" }),
       ),
-      h("footer", { class: "drawer-foot" }, this.resetButton),
+      h("div", { class: "drawer-foot" }, this.resetButton),
     );
     this.mark();
   }

@@ -182,7 +182,7 @@ def test_a_full_queue_is_said_with_the_time_to_wait(service, client):
 
 
 def test_a_client_that_goes_away_ends_its_drawing(service, address):
-    body = {"prompt": "long", "steps": 900, "stream": True, "progress": True}
+    body = {"prompt": "long", "steps": 1000, "prior_steps": 1000, "n": 4, "stream": True, "progress": True}
     with httpx2.stream("POST", f"{address}/v1/images/generations", json=body) as answer:
         next(answer.iter_lines())
         assert len(service.jobs) == 1
