@@ -142,9 +142,10 @@ def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, 
     if "clip_sample" in accepted:
         shared.setdefault("clip_sample", False)
     own = {key: value for key, value in shared.items() if key not in CLASS_SPECIFIC_KEYS} | settings
-    # Computing a noise schedule takes as long as a step of a small model, and each drawing asks for the same ones
+    # Computing a noise schedule takes as long as a step of a small model, and each drawing asks for the same ones.
     # Shared tensors are never changed in place, and lists are new for each sampling (`set_timesteps`)
-    built = copy.copy(construct_scheduler(kind, json.dumps(own, default=lambda array: array.tolist())))
+    stored = json.dumps(own, default=lambda array: array.tolist())
+    built = copy.copy(construct_scheduler(kind, stored))  # type: ignore[arg-type]  # mypy: no class is hashable
     if flow:  # the shift, which a DDIMScheduler has no argument for
         built.register_to_config(flow_shift=flow["flow_shift"])
     return built

@@ -1,6 +1,8 @@
 """Every sampler against Gaussian data, whose exact denoiser is known; DDIM and its way back."""
 
 import json
+from inspect import signature
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -222,6 +224,23 @@ def test_a_sampler_is_saved_and_loaded(name, tmp_path):
     assert all(again.config[key] == value for key, value in sampler.config.items() if not key.startswith("_"))
     assert again.config.prediction_type == "sample"
     torch.testing.assert_close(again.alphas_cumprod, schedule("scaled_linear").alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplings_of_one_schedule_that_run_in_turns_change_nothing_of_each_other(name):
+    def draw(steps):
+        """Yield x after each step of a sampling."""
+        sampler, x = build_sampler(name, schedule()), torch.ones(1, 3, dtype=torch.float64)
+        own = {"generator": seeds(0)[0]} if "generator" in signature(sampler.step).parameters else {}
+        sampler.set_timesteps(steps)
+        for t in sampler.timesteps:
+            x = sampler.step(0.1 * x, t, x, **own).prev_sample
+            yield x
+
+    alone = [list(draw(4)), list(draw(7))]
+    for found, expected in zip(zip_longest(draw(4), draw(7)), zip_longest(*alone), strict=True):
+        for x, x_alone in zip(found, expected, strict=True):
+            assert (x is None) == (x_alone is None) and (x is None or torch.equal(x, x_alone))
 
 
 def test_a_learned_variance_is_used_by_ancestral_sampling_and_ignored_by_others():

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from t2i.pipelines.calls.offload import DiskOffloading
 
 from t2i import ImageVariationPipeline, PriorPipeline, Steering, Text2ImagePipeline, UpsamplePipeline
 from t2i.diffusion.process import build_noise_scheduler
@@ -88,6 +90,22 @@ def test_offloading_changes_no_picture(family: str, way: Any, families: Any, tmp
     for found, expected_part in zip(draw(pipeline), expected, strict=True):
         torch.testing.assert_close(found, expected_part, atol=1e-4, rtol=1e-4)
     assert min(measure_waiting_parts(pipeline).values()) > 0.95
+
+
+@pytest.mark.parametrize("way", [None, *WAYS], ids=lambda way: "none" if way is None else way.__name__)
+def test_a_call_looks_once_for_the_device_and_finds_that_of_diffusers(
+    way: Any, families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = families("own")
+    if way is not None:
+        way(pipeline, tmp_path)
+    found: list[torch.device] = []
+    look = DiskOffloading.find_execution_device
+    monkeypatch.setattr(DiskOffloading, "find_execution_device", lambda self: found.append(look(self)) or found[-1])
+    pipeline("a red cat", num_inference_steps=2, prior_num_inference_steps=2)
+    assert found == [DiffusionPipeline._execution_device.fget(pipeline)]
+    # Outside a call it may have changed
+    assert pipeline._execution_device == found[0] and len(found) == 2
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
