@@ -59,6 +59,7 @@ class Drawing:
     cancelled: threading.Event  # its next step ends it; see `StepEngine.cancel`
     answered: threading.Condition  # wakes its thread alone
     is_stepping: bool = False  # it takes steps: the others wait for its next one
+    has_turn: bool = False  # its thread does its own part of a step; see `StepEngine.turn`
     waiting: StepCall | None = None
 
 
@@ -141,6 +142,8 @@ class StepEngine:
             yield drawing
         finally:
             self.own.drawing = None
+            # An error keeps the loop over its steps alive, which would end the turn
+            self.set_turn(drawing, False)
             with self.changed:
                 self.drawings.discard(drawing)
                 self.changed.notify_all()
@@ -196,21 +199,22 @@ class StepEngine:
         with self.changed:
             before, drawing.is_stepping = drawing.is_stepping, stepping
             self.changed.notify_all()
-        self.change_turn(before, stepping)
+        self.set_turn(drawing, stepping)
         try:
             yield
         finally:
-            self.change_turn(stepping, before)
+            self.set_turn(drawing, before)
             with self.changed:
                 drawing.is_stepping = before
                 self.changed.notify_all()
 
-    def change_turn(self, before: bool, after: bool) -> None:
-        """Wait for the turn of a thread that begins to take steps, and end that of one that does something else."""
-        if after and not before:
+    def set_turn(self, drawing: Drawing, has_turn: bool) -> None:
+        """Wait for the turn, or end it, unless a request has it, or has it not, already."""
+        if has_turn and not drawing.has_turn:
             self.turn.acquire()
-        elif before and not after:
+        elif drawing.has_turn and not has_turn:
             self.turn.release()
+        drawing.has_turn = has_turn
 
     def prepare(self, name: str, condition: Condition, *timesteps: Tensor) -> Any:
         """Stand for the network's `prepare`: the engine prepares the conditions of all requests at once."""
@@ -230,12 +234,9 @@ class StepEngine:
         # Here, so that an error in it is this request's own
         form = (name, x.shape[1:], x.dtype, context.form)
         call, drawing = StepCall(name, x, t, context, form), self.own.drawing
-        stepping = drawing.is_stepping
-        self.change_turn(stepping, False)
-        try:
-            self.wait_for_step(call, drawing)
-        finally:
-            self.change_turn(False, stepping)
+        self.set_turn(drawing, False)
+        self.wait_for_step(call, drawing)
+        self.set_turn(drawing, drawing.is_stepping)
         if call.error is not None:
             raise call.error
         assert call.result is not None

@@ -156,6 +156,19 @@ def test_a_request_that_fails_fails_alone(pipeline, engine):
         assert (found - draw(pipeline)).abs().max() < 1e-4
 
 
+def test_a_request_that_fails_between_two_steps_lets_the_others_take_theirs(pipeline, engine):
+    def fail(pipe, step, t, tensors):
+        raise ValueError("a fault of the caller's")
+
+    others = [draw_text("a blue square", seed) for seed in (1, 2)]
+    # The error is kept, and with it the frames of its drawing
+    failed, *drawn = draw_together(engine, [draw_text("a red circle", 0, callback_on_step_end=fail), *others])
+    later = draw_together(engine, others)
+    assert isinstance(failed, ValueError) and not engine.turn.locked()
+    for draw, *found in zip(others, drawn, later, strict=True):
+        assert max((image - draw(pipeline)).abs().max() for image in found) < 1e-4
+
+
 def limit_rows(engine: StepEngine, name: str, limit: int) -> list[int]:
     """Let a network run out of memory beyond so many rows; return the list that gets the rows of its calls."""
     prepare, step = engine.methods[name]
