@@ -142,7 +142,7 @@ class StepEngine:
             yield drawing
         finally:
             self.own.drawing = None
-            # An error keeps the loop over its steps alive, which would end the turn
+            # Whatever keeps the loop over its steps alive, which ends the turn: the others must not wait for it
             self.set_turn(drawing, False)
             with self.changed:
                 self.drawings.discard(drawing)
