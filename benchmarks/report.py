@@ -111,8 +111,7 @@ def format_table(rows: list[Row]) -> str:
 
 def format_section(result: dict[str, Any]) -> str:
     """Return the heading, the machine and the table of a stored result."""
-    machine = result["machine"]
-    about = f"{machine['device']}, {machine['threads']} threads, {machine['date']}"
+    about = "{device}, {threads} threads, {date}".format(**result["machine"])
     rows = [Row(**row | {"ratio": Ratio(**row["ratio"])}) for row in result["rows"]]
     return f"### `{result['command']}`\n\n{about}.\n\n{format_table(rows)}"
 
@@ -123,9 +122,8 @@ def format_versions(results: list[dict[str, Any]]) -> str:
     for result in results:
         versions = ", ".join(map(" ".join, result["machine"]["versions"].items()))
         commands.setdefault(versions, []).append(f"`{result['command']}`")
-    if len(commands) == 1:
-        return f"Versions: {next(iter(commands))}."
-    return "\n".join(f"Versions of {', '.join(names)}: {versions}." for versions, names in commands.items())
+    named = {versions: f" of {', '.join(names)}" * (len(commands) > 1) for versions, names in commands.items()}
+    return "\n".join(f"Versions{names}: {versions}." for versions, names in named.items())
 
 
 def update_page(page: str) -> str:

@@ -4,9 +4,8 @@ Every request runs an unchanged pipeline in a thread of its own. Where its prior
 for the engine, which joins the steps of all requests that wait and calls each network once. Requests may differ in
 task, sampler, number of steps and guidance, for all of these act on one request's own rows.
 
-Of models/emoji, 12 + 25 steps, 8 equal requests took 1.24 s of CPU time, one static batch of 8 took 0.94 s, one after
-another 3.2 s (Intel Xeon, one thread, medians of three, 2026-12-02). The engine took 68 %, the threads of the requests
-32 %, half of it the autoencoder. One call for equal requests could save 24 % at most, and nothing for others.
+Of models/emoji, 12 + 25 steps, 8 equal requests took 1.24 s of CPU time (a third of it in their threads), one static
+batch of 8 took 0.94 s, one after another 3.2 s (Intel Xeon, one thread, medians of three, 2026-12-02).
 """
 
 import copy
@@ -15,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 from t2i.pipelines.serving.rows import (
     DENOISERS,
     ROW_COUNTS,
+    Drawing,
     EngineCounts,
     JoinedContexts,
     PreparedCondition,
@@ -51,18 +50,6 @@ class Cancelled(RuntimeError):
     """End of a request between two steps, because it was cancelled or the engine was closed."""
 
 
-@dataclass(eq=False)
-class Drawing:
-    """A request inside the engine. `pipeline` draws through the engine, in the thread that joined."""
-
-    pipeline: Any
-    cancelled: threading.Event  # its next step ends it; see `StepEngine.cancel`
-    answered: threading.Condition  # wakes its thread alone
-    is_stepping: bool = False  # it takes steps: the others wait for its next one
-    has_turn: bool = False  # its thread does its own part of a step; see `StepEngine.turn`
-    waiting: StepCall | None = None
-
-
 class StepEngine:
     """Batches the steps of pipeline calls that run in several threads. Close it, or use it as a context manager.
 
@@ -79,16 +66,14 @@ class StepEngine:
         self.max_silence = MAX_SILENCE_SECONDS
         self.rates: dict[str, float] = {}  # of each network: the most seconds of a call by its `measure_work`
         self.drawings: set[Drawing] = set()
-        # The lock guards all of the above. Each change notifies the engine, and its answers the request's own thread:
-        # with one condition for all, 8 requests woke 64 times a step
+        # The lock guards all of the above. Each change notifies the engine, which wakes the one thread that it answers
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         # Held by the thread of the one request that does its own part of a step: small operations of several threads
         # would hand the interpreter to each other more often than they compute
         self.turn = threading.Lock()
         self.own = threading.local()  # .drawing: of a thread that joined
-        self.closed = False
-        self.contexts = JoinedContexts()
+        self.contexts, self.closed = JoinedContexts(), False
         # The networks' own methods, which may be compiled ones, and in their place those that wait for the engine
         self.networks = {name: network for name in DENOISERS if (network := getattr(pipeline, name, None)) is not None}
         self.methods = {name: (network.prepare, network.step) for name, network in self.networks.items()}
@@ -131,8 +116,7 @@ class StepEngine:
 
         kind: class of the pipeline; None is that of the engine's. cancelled: for `cancel`.
         """
-        pipeline = self.copy_pipeline(kind or type(self.pipeline))
-        drawing = Drawing(pipeline, cancelled or threading.Event(), threading.Condition(self.lock))
+        drawing = Drawing(self.copy_pipeline(kind), cancelled or threading.Event(), threading.Condition(self.lock))
         self.own.drawing = drawing
         # Threads share the cores; products inside one thread take one of them
         torch.set_num_threads(1)
@@ -142,7 +126,7 @@ class StepEngine:
             yield drawing
         finally:
             self.own.drawing = None
-            # Whatever keeps the loop over its steps alive, which ends the turn: the others must not wait for it
+            # Whatever keeps the loop over its steps alive, which ends the turn too
             self.set_turn(drawing, False)
             with self.changed:
                 self.drawings.discard(drawing)
@@ -153,8 +137,7 @@ class StepEngine:
         with self.changed:
             cancelled.set()
             for drawing in self.drawings:
-                if drawing.cancelled is cancelled:
-                    drawing.answered.notify()
+                drawing.answered.notify()
             self.changed.notify_all()
 
     @contextmanager
@@ -169,10 +152,10 @@ class StepEngine:
         with self.set_stepping(False):
             yield
 
-    def copy_pipeline(self, kind: type) -> Any:
+    def copy_pipeline(self, kind: type | None) -> Any:
         """Return a pipeline for one request: the same networks, and its own schedulers, flags and progress."""
         # A shallow copy shares the networks; what calls change is replaced in it
-        pipeline = copy.copy(self.get_pipeline(kind))
+        pipeline = copy.copy(self.get_pipeline(kind or type(self.pipeline)))
         for name in vars(pipeline):
             if name.endswith("scheduler"):
                 # Past `__setattr__`, which would check all components again

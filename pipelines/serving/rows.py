@@ -1,5 +1,6 @@
 """Rows of the calls of a network: the steps that they are of, which can be joined, and counts of what was done."""
 
+import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -25,7 +26,7 @@ DENOISERS = ("prior", "decoder", "upsampler")
 class PreparedCondition:
     """A condition of one request, and the timesteps that are prepared with it; the context of its steps."""
 
-    owner: Any  # the request, a `Drawing`
+    owner: "Drawing"
     condition: Condition
     timesteps: Tensor | None = None
     context: Any = None  # of this condition alone, for steps that bypass the engine
@@ -59,6 +60,18 @@ class StepCall:
         """Return a step of the first half of the rows, and one of the second."""
         parts = zip(self.x.chunk(2), self.t.expand(len(self.x)).chunk(2), self.prepared.halves)
         return [replace(self, x=x, t=t, prepared=prepared) for x, t, prepared in parts]
+
+
+@dataclass(eq=False)
+class Drawing:
+    """A request inside the engine. `pipeline` draws through the engine, in the thread that joined."""
+
+    pipeline: Any
+    cancelled: threading.Event  # its next step ends it; see `StepEngine.cancel`
+    answered: threading.Condition  # wakes its thread alone
+    is_stepping: bool = False  # it takes steps: the others wait for its next one
+    has_turn: bool = False  # its thread does its own part of a step; see `StepEngine.turn`
+    waiting: StepCall | None = None
 
 
 class JoinedContexts:
