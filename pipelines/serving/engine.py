@@ -30,6 +30,7 @@ from t2i.pipelines.serving.rows import (
     count_rows,
     measure_work,
     round_up_rows,
+    take_waiting_steps,
 )
 from torch import Tensor
 
@@ -275,10 +276,8 @@ class StepEngine:
                     self.changed.wait(HEARTBEAT_SECONDS)
                 if self.closed:
                     return
-                calls = [drawing.waiting for drawing in self.drawings if drawing.waiting is not None]
                 # From here on a cancelled request waits for its step to end
-                for drawing in self.drawings:
-                    drawing.waiting = None
+                calls = take_waiting_steps(self.drawings)
             # Without the lock, so that requests come and go while the networks run
             for group in self.build_groups(calls):
                 self.run_group(group)

@@ -74,6 +74,18 @@ class Drawing:
     waiting: StepCall | None = None
 
 
+def take_waiting_steps(drawings: Collection[Drawing]) -> list[StepCall]:
+    """Return the steps that are taken now, which wait no longer: those of the prior, or if there are none, all.
+
+    Requests that come one by one catch up with the others so, and the decoder is called with the rows of all.
+    """
+    waiting = [(drawing, drawing.waiting) for drawing in drawings if drawing.waiting is not None]
+    chosen = [(drawing, call) for drawing, call in waiting if call.denoiser == "prior"] or waiting
+    for drawing, _ in chosen:
+        drawing.waiting = None
+    return [call for _, call in chosen]
+
+
 class JoinedContexts:
     """Contexts of the joined conditions of requests, kept while the same requests take steps together."""
 

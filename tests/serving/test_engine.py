@@ -15,7 +15,7 @@ from t2i.pipelines import (
     TextDiffPipeline,
 )
 from t2i.pipelines.serving.engine import Cancelled, StepEngine
-from t2i.pipelines.serving.rows import round_up_rows
+from t2i.pipelines.serving.rows import Drawing, PreparedCondition, StepCall, round_up_rows, take_waiting_steps
 from torch import Generator, Tensor
 
 from t2i.diffusion.guidance import Guidance
@@ -167,6 +167,16 @@ def test_a_request_that_fails_between_two_steps_lets_the_others_take_theirs(pipe
     assert isinstance(failed, ValueError) and not engine.turn.locked()
     for draw, *found in zip(others, drawn, later, strict=True):
         assert max((image - draw(pipeline)).abs().max() for image in found) < 1e-4
+
+
+def test_newcomers_take_their_prior_steps_alone_and_then_share_the_decoders(engine):
+    drawings = [Drawing(None, threading.Event(), engine.changed) for _ in range(3)]
+    for drawing, name in zip(drawings, ("decoder", "prior", "decoder"), strict=True):
+        drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
+    assert [call.denoiser for call in take_waiting_steps(drawings)] == ["prior"]
+    assert [drawing.waiting is None for drawing in drawings] == [False, True, False]
+    assert [call.denoiser for call in take_waiting_steps(drawings)] == ["decoder"] * 2
+    assert take_waiting_steps(drawings) == []
 
 
 def limit_rows(engine: StepEngine, name: str, limit: int) -> list[int]:
