@@ -285,9 +285,10 @@ def build_prior(config: Config, source: EncodingSource) -> Any:
     # A trial for bad arguments, before all images are encoded
     with torch.device("meta"):
         build_or_explain(prior_class, "model", {"components": 1} | arguments, **needed)
-    components = count_principal_components(source.collect_embeds(), config.explained_variance)
+    embeddings = source.collect_embeds()
+    components = count_principal_components(embeddings, config.explained_variance)
     prior = build_or_explain(prior_class, "model", {"components": components} | arguments, **needed)
-    set_data_statistics(config, prior, source)
+    prior.set_embed_statistics(source.null(), embeddings)
     if regression is not None:
         prior.regressor.load_state_dict(regression.state_dict())
     return prior
@@ -299,7 +300,7 @@ def set_data_statistics(config: Config, prior: Any, source: EncodingSource) -> A
         prior.set_embed_statistics(*source.compute_statistics())
     elif config.architecture == "diffusion":
         prior.set_embed_statistics(source.null(), *source.compute_statistics())
-    else:
+    elif config.architecture == "autoregressive":  # ECLIPSE's has none
         prior.set_embed_statistics(source.null(), source.collect_embeds())
     return prior
 

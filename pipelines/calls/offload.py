@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -61,7 +62,7 @@ class DiskOffloading(DiffusionPipeline):
         models = [part for part in self.components.values() if isinstance(part, Module)]
         if not models or any(map(has_hooks, models)):
             return super()._execution_device
-        devices = [next(model.parameters()).device for model in models]
+        devices = [next(chain(model.parameters(), model.buffers())).device for model in models]
         return next((device for device in devices if device.type not in ("cpu", "meta")), devices[0])
 
     def enable_group_offload(

@@ -161,7 +161,6 @@ def test_a_request_that_fails_between_two_steps_lets_the_others_take_theirs(pipe
         raise ValueError("a fault of the caller's")
 
     others = [draw_text("a blue square", seed) for seed in (1, 2)]
-    # The error is kept, and with it the frames of its drawing
     failed, *drawn = draw_together(engine, [draw_text("a red circle", 0, callback_on_step_end=fail), *others])
     later = draw_together(engine, others)
     assert isinstance(failed, ValueError) and not engine.turn.locked()
@@ -169,8 +168,8 @@ def test_a_request_that_fails_between_two_steps_lets_the_others_take_theirs(pipe
         assert max((image - draw(pipeline)).abs().max() for image in found) < 1e-4
 
 
-def test_newcomers_take_their_prior_steps_alone_and_then_share_the_decoders(engine):
-    drawings = [Drawing(None, threading.Event(), engine.changed) for _ in range(3)]
+def test_newcomers_take_their_prior_steps_alone_and_then_share_the_decoders():
+    drawings = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(3)]
     for drawing, name in zip(drawings, ("decoder", "prior", "decoder"), strict=True):
         drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
     assert [call.denoiser for call in take_waiting_steps(drawings)] == ["prior"]
