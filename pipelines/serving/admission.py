@@ -72,20 +72,30 @@ class Lane:
         return sum(ticket.images for ticket in self.running)
 
     def has_room(self, ticket: Ticket) -> bool:
-        """Return True if a request may draw beside those that do."""
+        """Return True if a request may draw beside those that do; a key that draws nothing has a little more room."""
         # One request alone is admitted whatever its size: the pipeline itself refuses what cannot fit
         if not self.running:
             return self.is_open
         images = self.images + ticket.images
         pixels = sum(other.pixels for other in self.running) + ticket.pixels
-        return self.is_open and images <= self.max_images and pixels <= self.max_pixels
+        is_first = all(other.key != ticket.key for other in self.running)
+        max_images = self.max_images + (count_spare_images(self.max_images) if is_first else 0)
+        return self.is_open and images <= max_images and pixels <= self.max_pixels
+
+
+def count_spare_images(max_images: int) -> int:
+    """Return how many images more than others a lane takes for a key that draws nothing there.
+
+    So a key that asks for little does not wait for one that fills the lane.
+    """
+    return max_images // 4
 
 
 class Admission:
     """A bounded queue of requests, in which keys take turns. The lane that draws the fewest images takes the next one.
 
     Args:
-        max_running: images that a lane draws at the same time.
+        max_running: images that a lane draws at the same time; see also `count_spare_images`.
         max_queued: images that wait, of all keys together.
         max_queued_per_key: images that wait for one key; None is no limit but `max_queued`.
         lanes: number of engines.
@@ -112,7 +122,7 @@ class Admission:
 
     @property
     def max_running(self) -> int:
-        return sum(lane.max_images for lane in self.lanes)
+        return sum(lane.max_images + count_spare_images(lane.max_images) for lane in self.lanes)
 
     @property
     def queued_images(self) -> int:

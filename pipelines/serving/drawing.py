@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 from t2i.pipelines.calls.effects import list_idle_arguments
 from t2i.pipelines.calls.progress import Preview
@@ -169,10 +170,12 @@ def load_drawer(source: ModelSource, max_batch: int, processes: int = 1) -> Draw
     """Load a model and return its drawer, warmed up. Raises InputError; see `load_pipeline`.
 
     The shipped model has the shipped upsampler. max_batch: images that are drawn at the same time. processes: see
-    `Drawer`.
+    `Drawer`. The networks get the calling thread's cores, and the thread keeps one.
     """
-    source = add_shipped_upsampler(source)
-    engine = StepEngine(load_pipeline(source, Text2ImagePipeline), max_rows=4 * max_batch)
+    source, cores = add_shipped_upsampler(source), torch.get_num_threads()
+    # A second pool of threads that compute would slow the engine's down: its threads sleep between two products
+    torch.set_num_threads(1)
+    engine = StepEngine(load_pipeline(source, Text2ImagePipeline), 4 * max_batch, cores)
     # Rows of one image without and with guidance, and of a full batch with guidance
     engine.warm_up(counts=(1, 2, 2 * max_batch))
     return Drawer(engine, source, processes)

@@ -58,10 +58,11 @@ class StepEngine:
         pipeline: whose prior, decoder and upsampler the requests share. Calls from threads that did not join work as
             before.
         max_rows: of a call of a network; guidance takes two rows for an image.
+        cores: that the networks compute with.
     """
 
-    def __init__(self, pipeline: Any, max_rows: int = 32):
-        self.pipeline, self.max_rows = pipeline, max_rows
+    def __init__(self, pipeline: Any, max_rows: int = 32, cores: int = 1):
+        self.pipeline, self.max_rows, self.cores = pipeline, max_rows, cores
         self.pipelines: dict[type, Any] = {type(pipeline): pipeline}  # by class, with the same components
         self.counts, self.last_heartbeat = EngineCounts(), time.monotonic()
         self.max_silence = MAX_SILENCE_SECONDS
@@ -119,8 +120,7 @@ class StepEngine:
         """
         drawing = Drawing(self.copy_pipeline(kind), cancelled or threading.Event(), threading.Condition(self.lock))
         self.own.drawing = drawing
-        # Threads share the cores; products inside one thread take one of them
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the cores are the networks'
         with self.changed:
             self.drawings.add(drawing)
         try:
@@ -268,6 +268,8 @@ class StepEngine:
     @torch.no_grad()
     def run(self) -> None:
         """Run the steps that requests wait for, until the engine is closed."""
+        # Of this thread: PyTorch gives a new one the number that was set last in any
+        torch.set_num_threads(self.cores)
         while True:
             with self.changed:
                 while not self.closed and not self.is_ready():
@@ -281,8 +283,7 @@ class StepEngine:
             # Without the lock, so that requests come and go while the networks run
             for group in self.build_groups(calls):
                 self.run_group(group)
-            # Nothing of requests that end stays until the next step
-            del calls, group
+            del calls, group  # or requests that end would stay until the next step
 
     def is_ready(self) -> bool:
         """Return True if a request waits, and no request that takes steps is between two of them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from t2i.diffusion.condition import Condition, count_up
 
 # Row counts of a call. Others are rounded up by repeating a row, for oneDNN and compilers build code for each count.
-ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

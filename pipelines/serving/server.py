@@ -34,7 +34,7 @@ class ServerSettings:
 
     Args:
         host, port: where it listens; port 0 takes a free one.
-        max_batch: images that are drawn at the same time.
+        max_batch: images that are drawn at the same time; a quarter more for keys that draw nothing.
         max_queue: images that wait for their turn, beyond which requests are refused; max_queue_per_key: of one key.
         queue_timeout: seconds that a request waits for its turn at most.
         drain: seconds that requests have to end when the server shuts down.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.serving.admission import count_spare_images
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.drawing import Drawer, load_drawer
 from t2i.pipelines.serving.engine import Cancelled
@@ -54,7 +55,7 @@ def run_worker(connection: Connection, source: ModelSource, max_batch: int, proc
             logger.error("%s cannot be loaded", source.model, exc_info=error)
         worker.send("broken", message=str(error) if known else f"{source.model} cannot be loaded: {error!r}")
         os._exit(1)
-    worker.threads = ThreadPoolExecutor(max_batch, thread_name_prefix="t2i-request")
+    worker.threads = ThreadPoolExecutor(max_batch + count_spare_images(max_batch), thread_name_prefix="t2i-request")
     with suppress(EOFError, OSError):  # the server is gone, or closed the connection
         worker.send("ready", facts=worker.drawer.facts.pack())
         worker.receive()

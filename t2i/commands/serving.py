@@ -71,7 +71,9 @@ class ServerFlags:
     panel: ClassVar[str] = "Server"
     host: Annotated[str, option("Address to listen on. Others than this machine's own need --keys.")] = "127.0.0.1"
     port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000
-    max_batch: Annotated[int, option("Images that are drawn at the same time.")] = 8
+    max_batch: Annotated[
+        int, option("Images that are drawn at the same time; a quarter more for keys that draw nothing.")
+    ] = 8
     max_queue: Annotated[int, option("Images that wait for their turn. Beyond them, requests are refused.")] = 64
     queue_timeout: Annotated[float, option("Seconds that a request waits for its turn.")] = 300
     drain: Annotated[float, option("Seconds that requests have to end when the server is told to stop.")] = 30

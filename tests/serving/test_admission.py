@@ -106,6 +106,19 @@ def test_keys_take_turns():
     assert order == ["a1", "b1", "c1", "a2", "a3"]
 
 
+def test_a_key_that_draws_nothing_has_a_little_more_room():
+    admission = Admission(max_running=4, max_queued=8)
+    much = [admission.enter(1, "a") for _ in range(6)]
+    assert list_admitted(*much) == [True] * 4 + [False] * 2
+    little = [admission.enter(images, key) for key, images in (("b", 1), ("b", 1), ("c", 1))]
+    assert list_admitted(*little) == [True, False, False] and admission.running_images == 5
+    # One has passed the first that waits: now it is that one's turn
+    admission.leave(much[0])
+    assert list_admitted(*much[4:], *little[1:]) == [False] * 4
+    admission.leave(much[1])
+    assert list_admitted(*much[4:], *little[1:]) == [True, False, False, True]
+
+
 def test_positions_count_the_images_before():
     admission = Admission(max_running=1, max_queued=16)
     running = admission.enter(1, "a")
@@ -153,7 +166,7 @@ def test_lanes_with_the_fewest_images_take_the_next_request():
     admission = Admission(max_running=4, max_queued=8, lanes=2)
     tickets = [admission.enter(images) for images in (3, 1, 1, 2)]
     lanes = [admission.lanes.index(ticket.lane) for ticket in tickets]
-    assert lanes == [0, 1, 1, 1] and admission.max_running == 8
+    assert lanes == [0, 1, 1, 1] and admission.max_running == 10
     # No lane has room for two, and then one has
     waiting = admission.enter(2)
     assert not waiting.is_admitted
