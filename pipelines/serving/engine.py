@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from t2i.pipelines.serving.rows import (
     DENOISERS,
+    GATHERING_SECONDS,
     ROW_COUNTS,
     Drawing,
     EngineCounts,
@@ -30,7 +31,7 @@ from t2i.pipelines.serving.rows import (
     count_rows,
     measure_work,
     round_up_rows,
-    take_waiting_steps,
+    take_ready_steps,
 )
 from torch import Tensor
 
@@ -268,27 +269,22 @@ class StepEngine:
     @torch.no_grad()
     def run(self) -> None:
         """Run the steps that requests wait for, until the engine is closed."""
-        # Of this thread: PyTorch gives a new one the number that was set last in any
+        torch.get_num_threads()  # or the first product would take the number that was set last in any thread
         torch.set_num_threads(self.cores)
         while True:
             with self.changed:
-                while not self.closed and not self.is_ready():
+                # Of those that are taken a cancelled request waits for the end
+                while not self.closed and not (calls := take_ready_steps(self.drawings, time.monotonic())):
                     self.last_heartbeat = time.monotonic()
                     self.contexts.drop_idle(self.drawings)
-                    self.changed.wait(HEARTBEAT_SECONDS)
+                    is_idle = all(drawing.waiting is None for drawing in self.drawings)
+                    self.changed.wait(HEARTBEAT_SECONDS if is_idle else GATHERING_SECONDS)
                 if self.closed:
                     return
-                # From here on a cancelled request waits for its step to end
-                calls = take_waiting_steps(self.drawings)
             # Without the lock, so that requests come and go while the networks run
             for group in self.build_groups(calls):
                 self.run_group(group)
             del calls, group  # or requests that end would stay until the next step
-
-    def is_ready(self) -> bool:
-        """Return True if a request waits, and no request that takes steps is between two of them."""
-        waiting = [drawing for drawing in self.drawings if drawing.waiting is not None]
-        return bool(waiting) and all(drawing.waiting for drawing in self.drawings if drawing.is_stepping)
 
     def build_groups(self, calls: list[StepCall]) -> list[list[StepCall]]:
         """Divide steps into calls of a network: of one network, of one form, of at most `max_rows` rows."""

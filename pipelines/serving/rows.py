@@ -1,6 +1,7 @@
 """Rows of the calls of a network: the steps that they are of, which can be joined, and counts of what was done."""
 
 import threading
+import time
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -19,6 +20,7 @@ ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 MAX_CONTEXTS = 8  # joined ones that are kept
+GATHERING_SECONDS = 0.1  # that a request's first step waits at most for other newcomers
 DENOISERS = ("prior", "decoder", "upsampler")
 
 
@@ -72,15 +74,25 @@ class Drawing:
     is_stepping: bool = False  # it takes steps: the others wait for its next one
     has_turn: bool = False  # its thread does its own part of a step; see `StepEngine.turn`
     waiting: StepCall | None = None
+    joined: float = field(default_factory=time.monotonic)
 
 
-def take_waiting_steps(drawings: Collection[Drawing]) -> list[StepCall]:
-    """Return the steps that are taken now, which wait no longer: those of the prior, or if there are none, all.
+def take_ready_steps(drawings: Collection[Drawing], now: float) -> list[StepCall]:
+    """Return the steps that are taken now, which wait no longer; none while a request is between two of them.
 
-    Requests that come one by one catch up with the others so, and the decoder is called with the rows of all.
+    Those of the prior come first: requests that come one by one catch up with the others so, and the decoder is called
+    with the rows of all. But newcomers let the others take decoder steps for a moment, while a request is about to take
+    its first or has taken its last: it, or the one that takes its place, may take prior steps with them.
     """
     waiting = [(drawing, drawing.waiting) for drawing in drawings if drawing.waiting is not None]
-    chosen = [(drawing, call) for drawing, call in waiting if call.denoiser == "prior"] or waiting
+    if any(drawing.is_stepping and drawing.waiting is None for drawing in drawings):
+        return []
+    newcomers = [(drawing, call) for drawing, call in waiting if call.denoiser == "prior"]
+    may_grow = len(waiting) < len(drawings)
+    if may_grow and any(now - drawing.joined < GATHERING_SECONDS for drawing, _ in newcomers):
+        chosen = [pair for pair in waiting if pair not in newcomers]
+    else:
+        chosen = newcomers or waiting
     for drawing, _ in chosen:
         drawing.waiting = None
     return [call for _, call in chosen]

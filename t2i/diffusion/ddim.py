@@ -31,6 +31,7 @@ from t2i.diffusion.process import (
     path_velocity,
     posterior_coefficients,
     predict_x0,
+    solve_x0,
     split_variance,
 )
 
@@ -45,6 +46,9 @@ class ExactDDIMScheduler(DDIMScheduler):
 
     diffusers' DDIMScheduler steps by T // steps each time, and so misses the next timestep by a little. Same arguments.
     """
+
+    # Factors of sample and noise by timestep, dtype and device; `construct_scheduler` keeps them for all that are equal
+    levels: dict[tuple, tuple[Tensor, Tensor]] | None = None
 
     def set_timesteps(
         self,
@@ -79,8 +83,19 @@ class ExactDDIMScheduler(DDIMScheduler):
 
     def previous_timestep(self, timestep: Tensor | int) -> Tensor:
         """Return the timestep that a step from this one leads to; `final_timestep` from the last."""
-        after = (self.timesteps == timestep).nonzero()[-1, 0] + 1
-        return self.timesteps[after] if after < len(self.timesteps) else self.timesteps.new_tensor(self.final_timestep)
+        timesteps, given = self.timesteps.tolist(), torch.as_tensor(timestep).item()
+        after = len(timesteps) - timesteps[::-1].index(given)  # of equal ones, the last leads on
+        return self.timesteps[after] if after < len(timesteps) else self.timesteps.new_tensor(self.final_timestep)
+
+    def find_level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `alpha_sigma` of a timestep, (); computed once for each trained one, if the scheduler keeps levels."""
+        # Tensors of inference mode could take part in no gradient later
+        if self.levels is None or t.is_floating_point() or torch.is_inference_mode_enabled():
+            return alpha_sigma(self, t, like)
+        key = (int(t), like.dtype, like.device)
+        if key not in self.levels:
+            self.levels[key] = alpha_sigma(self, t, like)
+        return self.levels[key]
 
     def clip_x0(self, sample: Tensor) -> Tensor:
         """Bound a clean sample by the configuration's `thresholding` or `clip_sample`, or not at all."""
@@ -106,9 +121,9 @@ class ExactDDIMScheduler(DDIMScheduler):
         """
         t = torch.as_tensor(timestep, device=sample.device)
         previous = self.previous_timestep(t).to(sample.device)
-        predicted = predict_x0(self, model_output, sample, t)
+        (alpha, sigma), (alpha_s, sigma_s) = self.find_level(t, sample), self.find_level(previous, sample)
+        predicted = solve_x0(get_prediction_type(self), model_output, sample, alpha, sigma)
         x0 = self.clip_x0(predicted)
-        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(self, t, sample), alpha_sigma(self, previous, sample)
         noise = (sample - alpha * x0) / sigma
         # Clipping changes the clean sample alone, unless the caller wants both to fit
         if x0 is not predicted and not use_clipped_model_output:
@@ -154,7 +169,11 @@ def build_scheduler_like(kind: type[SchedulerMixin], scheduler: SchedulerMixin, 
 @lru_cache(maxsize=64)
 def construct_scheduler(kind: type[SchedulerMixin], settings: str) -> Any:
     """Return a scheduler of a class with settings in JSON; equal ones are one object, to be copied."""
-    return kind(**json.loads(settings))
+    built = kind(**json.loads(settings))
+    if isinstance(built, ExactDDIMScheduler):
+        # A small model's step takes little longer than computing them
+        built.levels = {}
+    return built
 
 
 @torch.no_grad()

@@ -271,9 +271,13 @@ def variational_term(
 
 def predict_x0(scheduler: SchedulerMixin, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Return the clean sample that a prediction at x_t stands for, like x; infinite for epsilon where abar_t is 0."""
+    return solve_x0(get_prediction_type(scheduler), prediction, x, *alpha_sigma(scheduler, t, x))
+
+
+def solve_x0(prediction_type: str, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the clean sample that a prediction at x = alpha sample + sigma noise stands for, like x."""
     prediction, _ = split_variance(prediction, x)
-    alpha, sigma = alpha_sigma(scheduler, t, x)
-    match get_prediction_type(scheduler):
+    match prediction_type:
         case "sample":
             return prediction
         case "epsilon":

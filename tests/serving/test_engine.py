@@ -15,7 +15,7 @@ from t2i.pipelines import (
     TextDiffPipeline,
 )
 from t2i.pipelines.serving.engine import Cancelled, StepEngine
-from t2i.pipelines.serving.rows import Drawing, PreparedCondition, StepCall, round_up_rows, take_waiting_steps
+from t2i.pipelines.serving.rows import Drawing, PreparedCondition, StepCall, round_up_rows, take_ready_steps
 from torch import Generator, Tensor
 
 from t2i.diffusion.guidance import Guidance
@@ -172,10 +172,22 @@ def test_newcomers_take_their_prior_steps_alone_and_then_share_the_decoders():
     drawings = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(3)]
     for drawing, name in zip(drawings, ("decoder", "prior", "decoder"), strict=True):
         drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
-    assert [call.denoiser for call in take_waiting_steps(drawings)] == ["prior"]
+    now = time.monotonic()
+    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["prior"]
     assert [drawing.waiting is None for drawing in drawings] == [False, True, False]
-    assert [call.denoiser for call in take_waiting_steps(drawings)] == ["decoder"] * 2
-    assert take_waiting_steps(drawings) == []
+    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder"] * 2
+    assert take_ready_steps(drawings, now) == []
+
+
+def test_the_first_step_waits_a_moment_for_another_request_to_begin():
+    drawings = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(3)]
+    for drawing, name in zip(drawings, ("decoder", "prior")):
+        drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
+    now = drawings[0].joined
+    # The third neither waits nor takes steps: it begins, or has ended
+    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder"]
+    assert take_ready_steps(drawings, now) == []
+    assert [call.denoiser for call in take_ready_steps(drawings, now + 1)] == ["prior"]
 
 
 def test_the_engine_computes_with_its_cores_and_requests_with_one(pipeline):

@@ -40,9 +40,10 @@ async def check_batching(model: str, scale: Scale) -> list[Row]:
     """Compare one server that batches, one that does not, and static batches, in turns."""
     equal, mixed = list_equal_asks(scale.steps), list_mixed_asks(scale.steps, scale.side)
     ratios: dict[str, list[Cost]] = {"equal": [], "mixed": [], "static": []}
+    # Several cores spin while they wait for each other, which counts as processor time
     with (
-        ServerProcess(model, "--max-batch", str(scale.max_batch)) as together,
-        ServerProcess(model, "--max-batch", "1") as alone,
+        ServerProcess(model, "--max-batch", str(scale.max_batch), cores=1) as together,
+        ServerProcess(model, "--max-batch", "1", cores=1) as alone,
     ):
         async with Client(together.address) as fast, Client(alone.address) as slow:
             for _ in range(scale.repeats):

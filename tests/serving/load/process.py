@@ -33,15 +33,17 @@ class Usage:
 class ServerProcess:
     """A server of a model on a free port of this machine. Use it as a context manager; it is stopped by SIGTERM.
 
-    options: of `t2i serve`.
+    options: of `t2i serve`. cores: that its networks compute with; None are all.
     """
 
-    def __init__(self, model: str, *options: str):
+    def __init__(self, model: str, *options: str, cores: int | None = None):
         self.model = model
         self.http = httpx2.Client(timeout=60)
         self.folder = tempfile.TemporaryDirectory(prefix="t2i-load-")
         command = [sys.executable, "-m", "t2i", "serve", "--model", model, "--port", "0", *options]
-        environment = os.environ | {"TMPDIR": self.folder.name, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"TMPDIR": self.folder.name}
+        if cores is not None:
+            environment["OMP_NUM_THREADS"] = str(cores)
         # A file, for nobody reads a pipe once the server runs
         self.log = Path(self.folder.name) / "output.txt"
         with self.log.open("w") as output:
