@@ -20,7 +20,7 @@ ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 MAX_CONTEXTS = 8  # joined ones that are kept
-GATHERING_SECONDS = 0.1  # that a request's first step waits at most for other newcomers
+GATHERING_SECONDS = 0.05  # that a request's first step waits at most for other newcomers
 DENOISERS = ("prior", "decoder", "upsampler")
 
 
