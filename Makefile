@@ -5,6 +5,7 @@
 # make lint   ruff and mypy
 # make docs build the site of the documents in build/site, offline; a broken link stops it
 # make emoji  train the shipped model anew, all stages, as a run that resumes: seven hours of a core
+# make emoji-styles train the shipped model of six styles from models/emoji, as a run that resumes
 # make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   tests of `t2i serve` under load, an hour: a table of what was wanted and measured
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve emoji test test-all test-deploy lint format faults docs gallery bench soak clean
+.PHONY: demo serve emoji emoji-styles test test-all test-deploy lint format faults docs gallery bench soak clean
 
 demo: $(VENV)/installed
 	@$(BIN)/t2i generate "a cat" --seed 0
@@ -27,6 +28,10 @@ emoji: $(VENV)/installed
 	[ -d data/emoji ] || $(BIN)/t2i data emoji data/emoji --keywords all
 	[ -d data/emoji-256 ] || $(BIN)/t2i data emoji data/emoji-256 --size 256
 	$(BIN)/t2i train all configs/emoji --out runs/emoji
+
+emoji-styles: $(VENV)/installed
+	[ -d data/emoji-styles ] || $(BIN)/t2i data emoji data/emoji-styles --styles all --keywords all
+	$(BIN)/t2i train all configs/emoji-styles --out runs/emoji-styles
 
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 

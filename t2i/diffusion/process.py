@@ -274,7 +274,7 @@ def predict_x0(scheduler: SchedulerMixin, prediction: Tensor, x: Tensor, t: Tens
     return solve_x0(get_prediction_type(scheduler), prediction, x, *alpha_sigma(scheduler, t, x))
 
 
-def solve_x0(prediction_type: str, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+def solve_x0(prediction_type: str | None, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return the clean sample that a prediction at x = alpha sample + sigma noise stands for, like x."""
     prediction, _ = split_variance(prediction, x)
     match prediction_type:
