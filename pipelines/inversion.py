@@ -60,7 +60,6 @@ class InvertingPipeline(UnCLIPPipeline):
         """
         # Check the arguments
         check_argument_order({"prompt": prompt})
-        self.interrupted = False
         options = DecoderOptions(
             num_inference_steps,
             Guidance.from_value(guidance_scale),
@@ -74,8 +73,9 @@ class InvertingPipeline(UnCLIPPipeline):
         check_stage_inputs(self, None, options, len(images.pixels))
         prompts = list_prompts("prompt", prompt, len(images.pixels))
         # Encode and invert
-        text = self.encode_decoder_prompt(prompts) if prompts else None
-        return self.invert_images(images, text, options)
+        with self.track_call():
+            text = self.encode_decoder_prompt(prompts) if prompts else None
+            return self.invert_images(images, text, options)
 
     def read_image_or_latent(
         self, image: ImageInputs | BipartiteLatent, options: DecoderOptions, is_redrawn: bool = True

@@ -3,6 +3,7 @@
 `pipeline` is the `UnCLIPPipeline` whose components sample; `upsample_images` also takes an `UpsamplePipeline`.
 """
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -308,7 +309,8 @@ def upsample_images(
     tile: int = DEFAULT_TILE_SIZE,
 ) -> Tensor:
     """Enlarge images, (N, 3, H, W) in [-1, 1], `options.upsample` times; fp32. generators: the decoder's."""
-    upsampler, scheduler = pipeline.upsampler, pipeline.upsampler_scheduler
+    # A copy, which sampling changes: calls in several threads may share the pipeline's
+    upsampler, scheduler = pipeline.upsampler, copy.deepcopy(pipeline.upsampler_scheduler)
     steps, level = options.upsample_steps, options.upsample_level
     for stage in range(1, options.upsample + 1):
         height, width = (upsampler.config.factor * side for side in images.shape[-2:])
@@ -358,7 +360,7 @@ def build_preview_hooks(
             estimate = to_estimate(x if step + 1 == steps else last_x0.get("x0", x))
             options.on_preview(Preview(stage, step + 1, steps, estimate, lambda: to_images(estimate)))
         if pipeline.interrupted:
-            pipeline.interrupted = False
+            pipeline.set_call_state(interrupted=False)
             raise Interrupted(f"interrupted after step {step + 1} of {steps} of the {stage}")
         return x
 

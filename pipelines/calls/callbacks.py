@@ -1,9 +1,12 @@
 """The user's callbacks after each step, as diffusers' pipelines call them, and what they may change."""
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, PipelineCallback
@@ -22,16 +25,96 @@ CALLBACK_TENSORS = ("latents", "image_embeds", "negative_image_embeds", "prompt_
 UserCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
+@dataclass
+class CallState:
+    """State of one running call. interrupted: it ends after this step; ends_stage: its stage does."""
+
+    guidance_scale: float | None = None
+    num_timesteps: int | None = None
+    interrupted: bool = False
+    ends_stage: bool = False
+
+
+class RunningCalls:
+    """The states of the calls of one pipeline: those that run, by thread, and the one that ended last."""
+
+    def __init__(self) -> None:
+        self.by_thread: dict[int, list[CallState]] = {}  # a call may run inside another
+        self.last = CallState()
+
+    def find_own(self) -> CallState | None:
+        """Return the state of the call that runs in this thread."""
+        states = self.by_thread.get(threading.get_ident())
+        return states[-1] if states else None
+
+    def find_affected(self) -> list[CallState]:
+        """Return the states that this thread may set: of its own call, or of all that run in other threads."""
+        own = self.find_own()
+        running = [state for states in list(self.by_thread.values()) for state in list(states)]
+        return [own] if own is not None else running or [self.last]
+
+
+# Not in the pipelines, for a copy of one has calls of its own
+RUNNING: WeakKeyDictionary[Any, RunningCalls] = WeakKeyDictionary()
+RUNNING_LOCK = threading.Lock()
+
+
 class CallbackState:
     """Base of all pipelines: what callbacks read, and set, on the pipeline, under diffusers' names.
 
-    `_guidance_scale` may be set: from the next step on it is the scale; None, and 1 or less, is no guidance.
-    `_interrupt = True` ends the stage after this step, and what is there is decoded.
+    Calls in several threads have a state each: a callback reads and sets that of its own call, any other thread sets
+    those of all that run. `_guidance_scale` may be set: from the next step on it is the scale; None, and 1 or less, is
+    no guidance. `_interrupt = True` ends the stage after this step, and what is there is decoded.
     """
 
-    _guidance_scale: float | None = None
-    _num_timesteps: int | None = None
-    _interrupt = False
+    @property
+    def running_calls(self) -> RunningCalls:
+        """The states of this pipeline's calls."""
+        with RUNNING_LOCK:
+            return RUNNING.setdefault(self, RunningCalls())
+
+    @property
+    def call_state(self) -> CallState:
+        """The state of the call that runs in this thread; of the one that ended last, if there is none."""
+        return self.running_calls.find_own() or self.running_calls.last
+
+    @contextmanager
+    def track_call(self) -> Iterator[None]:
+        """Enter a call of this thread."""
+        calls, thread = self.running_calls, threading.get_ident()
+        states = calls.by_thread.setdefault(thread, [])
+        states.append(CallState())
+        try:
+            yield
+        finally:
+            calls.last = states.pop()
+            if not states:
+                del calls.by_thread[thread]
+
+    def set_call_state(self, **values: Any) -> None:
+        """Set fields of the state of this thread's call; of all running calls, if it has none."""
+        for state in self.running_calls.find_affected():
+            vars(state).update(values)
+
+    @property
+    def _guidance_scale(self) -> float | None:
+        return self.call_state.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float | None) -> None:
+        self.set_call_state(guidance_scale=scale)
+
+    @property
+    def _num_timesteps(self) -> int | None:
+        return self.call_state.num_timesteps
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.call_state.ends_stage
+
+    @_interrupt.setter
+    def _interrupt(self, ends_stage: bool) -> None:
+        self.set_call_state(ends_stage=ends_stage)
 
     @property
     def guidance_scale(self) -> float | None:
@@ -179,7 +262,7 @@ def watch_interruption(pipeline: Any, progress: Callable[[Iterable], Iterable]) 
     """Return what iterates over the timesteps of a stage, until `_interrupt` is set, and counts them before."""
 
     def iterate(timesteps: Any) -> Iterator:
-        pipeline._num_timesteps = len(timesteps)
+        pipeline.set_call_state(num_timesteps=len(timesteps))
         for t in progress(timesteps):
             if pipeline._interrupt:
                 break

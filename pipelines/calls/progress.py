@@ -18,11 +18,14 @@ class Interrupted(RuntimeError):
 class Interruptible(CallbackState):
     """Base of all pipelines: the flag that `t2i.pipelines.stages.build_preview_hooks` reads after each step."""
 
-    interrupted = False
+    @property
+    def interrupted(self) -> bool:
+        """True for the call of this thread if it ends after this step."""
+        return self.call_state.interrupted
 
     def interrupt(self) -> None:
-        """End the running call, from a callback or another thread: its next step raises `Interrupted`."""
-        self.interrupted = True
+        """End running calls by `Interrupted` at their next step: from a callback its own, else all of the pipeline."""
+        self.set_call_state(interrupted=True)
 
 
 @dataclass

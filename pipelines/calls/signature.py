@@ -63,9 +63,8 @@ def declare_pipeline_call(
             check_argument_order(bound)
             if "resolved" not in bound and (resolved := warn_of_idle_arguments(pipeline, bound)) is not None:
                 named = {name: value for name, value in named.items() if name in own} | {"resolved": resolved}
-            pipeline.interrupted = pipeline._interrupt = False
             unknown = report_unknown_words(pipeline, collect_texts(bound))
-            with remember_devices():
+            with pipeline.track_call(), remember_devices():
                 output = call(pipeline, *arguments, **named)
             if unknown and not isinstance(output, tuple):
                 output.unknown_words = unknown

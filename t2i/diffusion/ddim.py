@@ -41,14 +41,23 @@ CLASS_SPECIFIC_KEYS = ("variance_type", "algorithm_type", "solver_order", "solve
 SPACING_KEYS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
 
 
+class SharedLevels(dict[tuple, tuple[Tensor, Tensor]]):
+    """Factors of sample and noise by timestep, dtype and device, which all copies of a scheduler share.
+
+    Threads may add to it at any time, so that it is not copied.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedLevels":
+        return self
+
+
 class ExactDDIMScheduler(DDIMScheduler):
     """DDIM whose steps lead from each timestep to the next one, also where their number does not divide T.
 
     diffusers' DDIMScheduler steps by T // steps each time, and so misses the next timestep by a little. Same arguments.
     """
 
-    # Factors of sample and noise by timestep, dtype and device; `construct_scheduler` keeps them for all that are equal
-    levels: dict[tuple, tuple[Tensor, Tensor]] | None = None
+    levels: SharedLevels | None = None  # `construct_scheduler` gives all that are equal the same ones
 
     def set_timesteps(
         self,
@@ -93,9 +102,9 @@ class ExactDDIMScheduler(DDIMScheduler):
         if self.levels is None or t.is_floating_point() or torch.is_inference_mode_enabled():
             return alpha_sigma(self, t, like)
         key = (int(t), like.dtype, like.device)
-        if key not in self.levels:
-            self.levels[key] = alpha_sigma(self, t, like)
-        return self.levels[key]
+        if (level := self.levels.get(key)) is None:
+            level = self.levels[key] = alpha_sigma(self, t, like)
+        return level
 
     def clip_x0(self, sample: Tensor) -> Tensor:
         """Bound a clean sample by the configuration's `thresholding` or `clip_sample`, or not at all."""
@@ -172,7 +181,7 @@ def construct_scheduler(kind: type[SchedulerMixin], settings: str) -> Any:
     built = kind(**json.loads(settings))
     if isinstance(built, ExactDDIMScheduler):
         # A small model's step takes little longer than computing them
-        built.levels = {}
+        built.levels = SharedLevels()
     return built
 
 

@@ -100,7 +100,7 @@ SAMPLERS: dict[str, tuple[type[SchedulerMixin], dict[str, Any]]] = {
 
 
 def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> SchedulerMixin:
-    """Return the sampler of this name for the model that `scheduler` belongs to; None is that scheduler itself.
+    """Return the sampler of this name for the model that `scheduler` belongs to; None is a copy of that scheduler.
 
     Some of diffusers' have a better form: plain DDIM becomes the exact one, which is the same where the number of steps
     divides the training's, UnCLIPScheduler the one that finds its previous timestep by itself. Those that cannot read
@@ -116,7 +116,8 @@ def resolve_sampler(name: str | None, scheduler: SchedulerMixin, model: Any) -> 
     is_foreign = scheduler.config.get("variance_type") in LEARNED_VARIANCE_TYPES and not reads_variance(scheduler)
     if is_foreign and "variance_type" in signature(kind.__init__).parameters:
         return kind.from_config(scheduler.config, variance_type=None)
-    return scheduler
+    # Sampling changes it, and calls in several threads may share it
+    return copy.deepcopy(scheduler)
 
 
 def count_model_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
