@@ -170,9 +170,11 @@ def load_drawer(source: ModelSource, max_batch: int, processes: int = 1) -> Draw
     """Load a model and return its drawer, warmed up. Raises InputError; see `load_pipeline`.
 
     The shipped model has the shipped upsampler. max_batch: images that are drawn at the same time. processes: see
-    `Drawer`. The networks get the calling thread's cores, and the thread keeps one.
+    `Drawer`. The networks get the calling thread's cores but one.
     """
-    source, cores = add_shipped_upsampler(source), torch.get_num_threads()
+    source = add_shipped_upsampler(source)
+    # One is left to what requests do beside the steps, or each product would wait for the core that does it
+    cores = max(1, torch.get_num_threads() - 1)
     # A second pool of threads that compute would slow the engine's down: its threads sleep between two products
     torch.set_num_threads(1)
     engine = StepEngine(load_pipeline(source, Text2ImagePipeline), 4 * max_batch, cores)

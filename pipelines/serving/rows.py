@@ -20,6 +20,7 @@ ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 MAX_CONTEXTS = 8  # joined ones that are kept
+MIN_ENDING = 3  # requests that end together, whose places others take together if the queue is not empty
 GATHERING_SECONDS = 0.05  # that a request's first step waits at most for other newcomers
 DENOISERS = ("prior", "decoder", "upsampler")
 
@@ -75,27 +76,26 @@ class Drawing:
     has_turn: bool = False  # its thread does its own part of a step; see `StepEngine.turn`
     waiting: StepCall | None = None
     joined: float = field(default_factory=time.monotonic)
+    has_stepped: bool = False
 
 
 def take_ready_steps(drawings: Collection[Drawing], now: float) -> list[StepCall]:
     """Return the steps that are taken now, which wait no longer; none while a request is between two of them.
 
-    Those of the prior come first: requests that come one by one catch up with the others so, and the decoder is called
-    with the rows of all. But newcomers let the others take decoder steps for a moment, while a request is about to take
-    its first or has taken its last: it, or the one that takes its place, may take prior steps with them.
+    Newcomers, which wait for prior steps, let the others go on for a moment, while a request is about to take its first
+    step, or several have taken their last: it, or those in their place, may take prior steps with them.
     """
     waiting = [(drawing, drawing.waiting) for drawing in drawings if drawing.waiting is not None]
     if any(drawing.is_stepping and drawing.waiting is None for drawing in drawings):
         return []
     newcomers = [(drawing, call) for drawing, call in waiting if call.denoiser == "prior"]
-    may_grow = len(waiting) < len(drawings)
+    beside = [drawing.has_stepped for drawing in drawings if drawing.waiting is None]
+    may_grow = not all(beside) or len(beside) >= MIN_ENDING
     if may_grow and any(now - drawing.joined < GATHERING_SECONDS for drawing, _ in newcomers):
-        chosen = [pair for pair in waiting if pair not in newcomers]
-    else:
-        chosen = newcomers or waiting
-    for drawing, _ in chosen:
+        waiting = [pair for pair in waiting if pair not in newcomers]
+    for drawing, _ in waiting:
         drawing.waiting = None
-    return [call for _, call in chosen]
+    return [call for _, call in waiting]
 
 
 class JoinedContexts:

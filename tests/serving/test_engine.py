@@ -168,26 +168,35 @@ def test_a_request_that_fails_between_two_steps_lets_the_others_take_theirs(pipe
         assert max((image - draw(pipeline)).abs().max() for image in found) < 1e-4
 
 
-def test_newcomers_take_their_prior_steps_alone_and_then_share_the_decoders():
-    drawings = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(3)]
-    for drawing, name in zip(drawings, ("decoder", "prior", "decoder"), strict=True):
+def test_all_steps_are_taken_together_unless_a_request_is_between_two():
+    drawings = [Drawing(None, threading.Event(), threading.Condition(), is_stepping=True) for _ in range(3)]
+    for drawing, name in zip(drawings, ("decoder", "prior")):
         drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
-    now = time.monotonic()
-    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["prior"]
-    assert [drawing.waiting is None for drawing in drawings] == [False, True, False]
-    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder"] * 2
+    now = time.monotonic() + 1
     assert take_ready_steps(drawings, now) == []
+    drawings.pop()
+    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder", "prior"]
+    assert [drawing.waiting for drawing in drawings] == [None, None]
 
 
 def test_the_first_step_waits_a_moment_for_another_request_to_begin():
     drawings = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(3)]
     for drawing, name in zip(drawings, ("decoder", "prior")):
+        drawing.has_stepped = True
         drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
     now = drawings[0].joined
     # The third neither waits nor takes steps: it begins, or has ended
     assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder"]
     assert take_ready_steps(drawings, now) == []
     assert [call.denoiser for call in take_ready_steps(drawings, now + 1)] == ["prior"]
+
+
+@pytest.mark.parametrize("ending", [2, 3])
+def test_the_first_step_waits_for_the_places_of_several_that_end_but_not_of_few(ending):
+    drawings = [Drawing(None, threading.Event(), threading.Condition(), has_stepped=True) for _ in range(ending + 1)]
+    new = drawings[0]
+    new.waiting = StepCall("prior", torch.zeros(1), torch.zeros(1), PreparedCondition(new, None), ())
+    assert len(take_ready_steps(drawings, new.joined)) == (ending == 2)
 
 
 def test_the_engine_computes_with_its_cores_and_requests_with_one(pipeline):
