@@ -60,11 +60,11 @@ def check_texts(name: str, texts: Any, empty: bool = True) -> None:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{name} must be a text or a list of texts, got {texts!r:.80}")
     for text in texts:
-        if not empty and not normalize_text(text):
-            raise InputError(f"{name} must not be empty, got {text!r}")
         # Lone surrogates: Python's stand-ins for bytes of the command line that are not UTF-8
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(f"{name} is not valid text (it was not UTF-8), got {text!r:.80}")
+        if not empty and not any(character.isprintable() for character in normalize_text(text)):
+            raise InputError(f"{name} must not be empty, got {text!r}")
         if len(text) > MAX_TEXT_CHARACTERS:
             start = f"{text[:40]!r}..."
             raise InputError(f"{name} must have at most {MAX_TEXT_CHARACTERS} characters, got {len(text)}: {start}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
-from t2i.pipelines.folder import PipelineFolder
+from t2i.pipelines.folder import COMPONENT_CLASSES, PipelineFolder
 from t2i.pipelines.jobs.dtypes import check_dtype_parts, convert_to_torch_dtypes
 from t2i.pipelines.options import OPTION_NAMES
 from t2i.pipelines.text2image import Text2ImagePipeline
@@ -16,6 +16,7 @@ from t2i.pipelines.upsample import UpsamplePipeline
 
 from t2i.checks import check_folder_name
 from t2i.errors import InputError
+from t2i.files.untrusted import is_folder
 from t2i.interop.stored import has_bf16, resolve_part_dtype
 from t2i.progress import show_loading
 from t2i.runtime.devices import check_bf16_support, resolve_device_name
@@ -102,6 +103,19 @@ def load_pipeline(source: ModelSource, kind: type[Pipeline] = Text2ImagePipeline
     pipeline.refuses_unknown_words = source.strict
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_model_files(source: ModelSource) -> None:
+    """Raise InputError for a model that cannot be loaded, by the heads of its files; fetch one that is on the hub."""
+    resolve_device_name(source.device)
+    path = Path(source.model)
+    folder = PipelineFolder(path if is_folder(path) else Path(Text2ImagePipeline.download(str(path))), source.variant)
+    if folder.is_own:
+        folder.check(list(COMPONENT_CLASSES))
+    else:
+        folder.require_layout()
+    if source.upsampler is not None and not is_folder(Path(source.upsampler)):
+        Text2ImagePipeline.download(source.upsampler)
 
 
 def add_shipped_upsampler(source: ModelSource) -> ModelSource:

@@ -23,6 +23,7 @@ from t2i.pipelines.serving.api.responses import (
     explain_failure,
 )
 from t2i.pipelines.serving.api.uploads import UploadReader
+from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.gateway.access import Access
 from t2i.pipelines.serving.gateway.bodies import read_json
@@ -91,7 +92,9 @@ class ImagesApi:
         gateway = Middleware(
             Gateway, self.access, self.limits, self.metrics, lambda: not self.ready, log_prompts=self.log_prompts
         )
-        return Starlette(routes=routes, exception_handlers=handlers, middleware=[gateway])
+        app = Starlette(routes=routes, exception_handlers=handlers, middleware=[gateway])
+        app.router.redirect_slashes = False  # an unknown path gets an error in the API's shape
+        return app
 
     def drain(self) -> None:
         """Refuse new requests; those that wait and those that draw go on."""
@@ -134,6 +137,7 @@ class ImagesApi:
             "defaults": facts.defaults,
             "samplers": list(SAMPLERS),
             "max_n": self.max_count,
+            "max_pixels": service.max_pixels,
             # By which factor a pass enlarges; 0 without an upsampler
             "upsample": facts.upsampler_factor if facts.upsampler_factor > 1 else 0,
             "reads_texts": facts.reads_texts,
@@ -193,7 +197,7 @@ class ImagesApi:
                 else:
                     add_images(drawn, values, images, mask)
                 checked = await service.check(drawn)
-                answer = await asyncio.to_thread(self.build_answer, request, route, values, service, checked)
+                answer = await asyncio.to_thread(self.build_answer, request, route, values, service, drawn, checked)
             entry.mark("read")
             job = service.submit(drawn, entry.key)
         except (QueueFull, Draining, EngineLost, InputError) as error:
@@ -209,7 +213,13 @@ class ImagesApi:
         return self.services[check_known_model(values, list(self.services), self.aliases)]
 
     def build_answer(
-        self, request: Request, route: str, values: dict[str, Any], service: Service, checked: CheckedRequest
+        self,
+        request: Request,
+        route: str,
+        values: dict[str, Any],
+        service: Service,
+        drawn: DrawRequest,
+        checked: CheckedRequest,
     ) -> Answer:
         """Return what answers a request that is allowed."""
         facts: dict[str, Any] = {"model": service.name}
@@ -221,7 +231,9 @@ class ImagesApi:
         def keep(data: bytes, media_type: str) -> str:
             return f"{address.rstrip('/')}/v1/images/{self.store.add(data, media_type)}"
 
-        return Answer(route, values, Forecast(service.pace, checked.stages), keep, facts)
+        is_usual = drawn.find_size(service.facts) == (service.facts.image_size,) * 2
+        forecast = Forecast(service.pace if is_usual else None, checked.stages)
+        return Answer(route, values, forecast, keep, facts)
 
     async def check_texts(self, request: Request) -> Response:
         """Answer with the words of texts that a model never saw, without drawing."""

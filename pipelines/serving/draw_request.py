@@ -13,6 +13,8 @@ from torch import Generator
 from t2i.files.known_words import KnownWords
 
 BYTES_PER_PIXEL = 4  # of decoded images, also of those in RGB
+MARGINS = ("left", "right", "top", "bottom")
+KEEPING_TASKS = ("inpaint", "outpaint", "upsample")  # whose images have the size of the given one, and margins
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,27 @@ class DrawRequest:
         return [Generator().manual_seed(seed) for seed in self.seeds]
 
     def count_pixels(self, facts: ModelFacts) -> int:
-        """Return the pixels of all images, by which their memory is counted."""
+        """Return the pixels of all images, enlarged, by which their memory is counted."""
+        width, height = self.find_size(facts)
+        return self.count * width * height * facts.upsampler_factor ** (2 * (self.settings.get("upsample") or 0))
+
+    def count_drawn_pixels(self, facts: ModelFacts) -> int:
+        """Return the pixels of all images as the decoder draws them; 0 if it draws none."""
+        width, height = self.find_size(facts)
+        return 0 if self.task == "upsample" else self.count * width * height
+
+    def find_size_setting(self) -> str:
+        """Return the name of the setting by which images are large."""
+        margins = [name for name in MARGINS if self.settings.get(name)]
+        sizes = [name for name in ("width", "height") if self.settings.get(name)]
+        keeps_size = self.task in KEEPING_TASKS and self.image is not None
+        return next(iter(sizes or margins), "image" if keeps_size else "n")
+
+    def find_size(self, facts: ModelFacts) -> tuple[int, int]:
+        """Return the width and height of an image, with its margins, before it is enlarged."""
         # Images that are painted in or enlarged keep their size
-        keeps_size = self.image is not None and self.task in ("inpaint", "outpaint", "upsample")
+        keeps_size = self.image is not None and self.task in KEEPING_TASKS
         given = self.image.size if self.image is not None and keeps_size else (facts.image_size,) * 2
         width, height = (self.settings.get(name) or side for name, side in zip(("width", "height"), given))
-        margins = [self.settings.get(name) or 0 for name in ("left", "right", "top", "bottom")]
-        growth = facts.upsampler_factor ** (2 * (self.settings.get("upsample") or 0))
-        return self.count * growth * (width + sum(margins[:2])) * (height + sum(margins[2:]))
+        margins = [self.settings.get(name) or 0 for name in MARGINS]
+        return width + sum(margins[:2]), height + sum(margins[2:])

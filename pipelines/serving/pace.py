@@ -18,10 +18,14 @@ class Pace:
 
 
 class Forecast:
-    """Forecast of the end of one request. stages: the steps of its stages, in their order."""
+    """Forecast of the end of one request.
 
-    def __init__(self, pace: Pace, stages: dict[str, int]):
-        self.pace, self.stages = pace, stages
+    pace: of others; None for images of another size, whose own steps alone tell. stages: the steps of its stages, in
+    their order.
+    """
+
+    def __init__(self, pace: Pace | None, stages: dict[str, int]):
+        self.pace, self.stages = pace or Pace(), stages
         self.own = Pace()  # of this request alone, whose images may be larger or more
         self.last: tuple[str, int, float] | None = None
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.jobs.planning import ModelSource, check_model_files
 from t2i.pipelines.serving.admission import Admission
 from t2i.pipelines.serving.api.fields import MAX_COUNT
 from t2i.pipelines.serving.app import ImagesApi
@@ -44,6 +44,8 @@ class ServerSettings:
         devices: of each model, which has a worker process on each of them; none are the source's.
         workers: processes of each model on each device. One in all is none: the server draws itself.
         max_n: images that a request may draw.
+        max_pixels: of all images that a request draws, before they are enlarged: a step of them cannot be cut, and the
+            others wait for it. None is `MAX_SQUARES` times the model's square.
         public_url: under which clients reach the server, for links to images; None is the address of each request.
         keys: file of the keys of clients; without it the server listens to this machine alone. See `read_keys`.
         cors: see `Access`.
@@ -63,6 +65,7 @@ class ServerSettings:
     devices: tuple[str, ...] = ()
     workers: int = 1
     max_n: int = 10
+    max_pixels: int | None = None
     public_url: str | None = None
     max_queue_per_key: int | None = None
     keys: str | Path | None = None
@@ -79,6 +82,8 @@ class ServerSettings:
         check_range("drain", self.drain, 0, 3600)
         check_integer("workers", self.workers, 1, 64)
         check_integer("max-n", self.max_n, 1, MAX_COUNT)
+        if self.max_pixels is not None:
+            check_integer("max-pixels", self.max_pixels, 1, 10**9)
         if self.max_queue_per_key is not None:
             check_integer("max-queue-per-key", self.max_queue_per_key, 0, self.max_queue)
         self.build_access()  # checks the rest
@@ -130,9 +135,20 @@ def build_services(source: ModelSource, settings: ServerSettings) -> dict[str, S
         raise
     counts = settings.max_batch, settings.max_queue, settings.max_queue_per_key, len(places)
     return {
-        name: Service(name, found, Admission(*counts, settings.limits.held_bytes), settings.queue_timeout)
+        name: Service(
+            *(name, found, Admission(*counts, settings.limits.held_bytes)), settings.queue_timeout, settings.max_pixels
+        )
         for name, found in drawers.items()
     }
+
+
+def check_models(source: ModelSource, settings: ServerSettings) -> None:
+    """Raise InputError for aliases of no model, and for models that cannot be loaded, by the heads of their files."""
+    models = list_models(source, settings)
+    find_aliases(settings, models)
+    for device in settings.devices or (source.device,):
+        for model in models.values():
+            check_model_files(replace(source, model=model, device=device))
 
 
 def find_aliases(settings: ServerSettings, names: Collection[str]) -> dict[str, str]:
@@ -158,8 +174,9 @@ def build_api(source: ModelSource, settings: ServerSettings, store: ImageStore |
 def serve(source: ModelSource, settings: ServerSettings) -> None:
     """Load a model, listen, and answer requests until the process is told to stop."""
     return_large_memory()
-    # Refuse what is wrong before the model loads
+    # Refuse what is wrong before anything listens
     open_request_log(settings.log_file)
+    check_models(source, settings)
     listener = open_socket(settings.host, settings.port)
     api = build_api(source, settings)
     host, port = listener.getsockname()[:2]

@@ -22,6 +22,7 @@ from t2i.errors import InputError
 
 QUEUE_TICK_SECONDS = 0.5  # between two looks at the requests that wait
 CHECKING_THREADS = 4
+MAX_SQUARES = 64  # of the model's size that a request may draw, unless the server is told otherwise
 
 
 class AnyDrawer(Protocol):
@@ -73,9 +74,18 @@ class Service:
         name: of the model in the API.
         drawers: of the same model, one for each lane of the admission.
         queue_timeout: seconds that a request may wait for its turn.
+        max_pixels: of all images that a request draws; None is `MAX_SQUARES` times the model's square.
     """
 
-    def __init__(self, name: str, drawers: Sequence[AnyDrawer], admission: Admission, queue_timeout: float = 300.0):
+    def __init__(
+        self,
+        name: str,
+        drawers: Sequence[AnyDrawer],
+        admission: Admission,
+        queue_timeout: float = 300.0,
+        max_pixels: int | None = None,
+    ):
+        self.given_max_pixels = max_pixels
         self.name, self.drawers, self.admission, self.queue_timeout = name, drawers, admission, queue_timeout
         self.created, self.pace = int(time.time()), Pace()
         # A thread for each request that draws: each has one image at least
@@ -103,6 +113,12 @@ class Service:
         return self.drawer.facts
 
     @property
+    def max_pixels(self) -> int:
+        """The most pixels of all images that a request draws, before they are enlarged."""
+        square = self.facts.image_size**2
+        return MAX_SQUARES * square if self.given_max_pixels is None else self.given_max_pixels
+
+    @property
     def is_alive(self) -> bool:
         """True while an engine takes steps, or waits for some."""
         return any(drawer.is_alive for drawer in self.drawers)
@@ -118,6 +134,9 @@ class Service:
 
     def check_now(self, request: DrawRequest) -> CheckedRequest:
         """Return what a drawer says of a request, and the unknown words of its texts, which are sought here alone."""
+        if (pixels := request.count_drawn_pixels(self.facts)) > self.max_pixels:
+            what = f"{request.find_size_setting()} asks for {pixels:,} pixels in all"
+            raise InputError(f"{what}; this server draws at most {self.max_pixels:,} for a request")
         checked, known = self.ask_drawers(request), self.facts.known_words
         found = [] if known is None else known.find_unknown_words(*request.list_texts())
         unknown = [word for word in found if not word.is_keyword]

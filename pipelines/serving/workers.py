@@ -168,7 +168,9 @@ class RemoteDrawer:
         link.end()
         if not self.closed.is_set():
             what = f"the worker of {self.source.model} on {self.source.device} {reason}"
-            logger.error("%s; it is started again, and %d requests failed", what, len(lost))
+            # A first start that fails ends the server, with what the worker said
+            if was_ready or self.tried.is_set() or self.failure is None:
+                logger.error("%s; it is started again, and %d requests failed", what, len(lost))
             if not was_ready:
                 self.failure = self.failure or what
         self.tried.set()

@@ -23,8 +23,9 @@ WORKERS_HELP = "Processes that load each model on each device. Two in all, or mo
 
 KEYS_HELP = (
     "File of the keys that clients send (Authorization: Bearer KEY): a line `NAME: KEY`, or a key alone, of at least "
-    "16 characters. Names are for the log and for turns in the queue. Others must not be able to read the file."
+    "16 characters. Names are for the log and for turns in the queue. Its group may read the file; others must not."
 )
+MAX_PIXELS_HELP = "Pixels of all images that a request draws, before they are enlarged. Others wait for its steps."
 ALIAS_HELP = "Another name of the first model, such as dall-e-2, or ALIAS=NAME. Repeatable."
 CORS_HELP = "Origin of another site whose pages may use the server, such as https://example.org. Repeatable."
 
@@ -81,6 +82,7 @@ class ServerFlags:
     aliases: Annotated[list[str] | None, option(ALIAS_HELP, None, "--alias")] = None
     workers: Annotated[int, option(WORKERS_HELP)] = 1
     max_n: Annotated[int, option("Images that a request may draw.")] = 10
+    max_pixels: Annotated[int | None, option(MAX_PIXELS_HELP, "64 times those of the model's size")] = None
     public_url: Annotated[str | None, option("Address in links to images, behind a proxy.", "that of each request")] = (
         None
     )

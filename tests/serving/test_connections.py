@@ -86,8 +86,10 @@ def test_a_second_request_has_its_own_time_for_its_head(port):
 def test_what_is_no_http_is_answered_in_the_apis_shape(port, data):
     with RawClient(port) as client:
         client.send(data)
-        status, error = client.read_error()
-    assert status == 400 and error["code"] == "invalid_request" and error["type"] == "invalid_request_error"
+        head, _, body = client.read_to_end().partition(b"\r\n\r\n")
+    error = json.loads(body)["error"]
+    assert head.startswith(b"HTTP/1.1 400") and b"\r\nx-request-id: req_" in head
+    assert error["code"] == "invalid_request" and error["type"] == "invalid_request_error"
 
 
 def test_a_body_of_broken_chunks_is_refused(port):

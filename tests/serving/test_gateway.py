@@ -220,9 +220,13 @@ def test_metrics_count_what_happened():
     with run_server(build_paint_api()) as server:
         draw(server.port, n=3)
         draw(server.port, colour="red")
+        for route in ("texts", "images/upsamplings"):
+            httpx2.post(f"http://127.0.0.1:{server.port}/v1/{route}", json={})
         text = httpx2.get(f"http://127.0.0.1:{server.port}/metrics").text
     assert 't2i_requests_total{route="/v1/images/generations",status="200"} 1.0' in text
     assert 't2i_requests_total{route="/v1/images/generations",status="400"} 1.0' in text
+    for route, status in (("texts", 400), ("images/upsamplings", 415)):
+        assert f't2i_requests_total{{route="/v1/{route}",status="{status}"}} 1.0' in text
     assert "t2i_pictures_total 3.0" in text and 't2i_queue_pictures{model="tiny"} 0.0' in text
     assert 't2i_batch_rows_bucket{le="+Inf",model="tiny"} 0.0' in text
     assert "t2i_queue_seconds_count 1.0" in text and "t2i_wasted_rows_total" in text

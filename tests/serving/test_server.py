@@ -1,5 +1,6 @@
 """The command `t2i serve`: what it refuses before the model loads, and one run from start to end."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from t2i.pipelines.jobs.planning import ModelSource
-from t2i.pipelines.serving.server import ServerSettings, build_api, open_socket
+from t2i.pipelines.serving.server import ServerSettings, build_api, open_socket, serve
 
 from t2i.commands.serving import ServedModelFlags, ServerFlags
 from t2i.errors import InputError
@@ -30,6 +31,30 @@ def test_of_two_servers_that_load_their_models_the_second_is_refused():
         port = first.getsockname()[1]
         with pytest.raises(InputError, match="choose another --port"):
             open_socket("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("nothing", {}, "nothing"),
+        ("empty", {}, "has neither a model_index.json nor a config.json"),
+        ("cut", {}, "diffusion_pytorch_model.safetensors"),
+        ("whole", {"aliases": ("a=b",)}, "names no model"),
+        ("whole", {"models": (("one", "whole"), ("two", "nothing"))}, "nothing"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_listens(
+    model, more, message, pipeline_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("t2i.pipelines.serving.server.open_socket", lambda *_: pytest.fail("it listens"))
+    Path("empty").mkdir()
+    for name in ("whole", "cut"):
+        shutil.copytree(pipeline_folder, name)
+    weights = Path("cut/decoder/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=message):
+        serve(ModelSource(f"{tmp_path}/{model}"), ServerSettings(**more))
 
 
 def test_an_alias_of_no_model_is_refused_before_a_model_loads():

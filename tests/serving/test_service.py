@@ -15,6 +15,7 @@ from t2i.pipelines.serving.api.responses import explain_failure
 from t2i.pipelines.serving.drawing import CheckedRequest, Drawer, DrawRequest, EngineLost, ModelFacts
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts, StepEngine
 from t2i.pipelines.serving.events import Event
+from t2i.pipelines.serving.pace import Forecast, Pace
 from t2i.pipelines.serving.service import Job, Service
 
 
@@ -211,3 +212,14 @@ def test_a_preview_that_does_not_fit_into_memory_is_left_out():
     for step in range(1, 10):
         report(Preview("decoder", step, 9, torch.zeros(1), fail if step < 5 else list))
     assert shown == [1]
+
+
+def test_images_of_another_size_are_forecast_by_their_own_steps_alone():
+    usual, stages = Pace(), {"prior": 2, "decoder": 4}
+    for stage in stages:
+        usual.learn(stage, 1.0)
+    assert Forecast(usual, stages).report_step("prior", 1, 2, now=0.0) == 5.0
+    large = Forecast(None, stages)
+    assert large.report_step("decoder", 1, 4, now=0.0) is None
+    assert large.report_step("decoder", 2, 4, now=50.0) == 100.0
+    assert usual.seconds["decoder"] == 1.0

@@ -7,6 +7,7 @@ from typing import Any
 
 from t2i.pipelines.serving.api.errors import ApiError
 from t2i.pipelines.serving.gateway.limits import Limits
+from t2i.pipelines.serving.gateway.log import choose_request_id
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 # Bytes that one read takes from a socket: little more is read than what a body may have
@@ -88,6 +89,7 @@ class GuardedConnection(H11Protocol):
             return
         body = json.dumps(error.body).encode()
         headers = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
+        headers["x-request-id"] = choose_request_id(None)
         lines = [f"{name}: {value}\r\n" for name, value in (headers | error.headers).items()]
         head = f"HTTP/1.1 {error.status} {STATUS_PHRASES[error.status].decode()}\r\n{''.join(lines)}\r\n"
         self.transport.write(head.encode() + body)

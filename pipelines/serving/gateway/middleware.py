@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from t2i.pipelines.serving.admission import Draining
 from t2i.pipelines.serving.api.errors import ApiError, build_size_error
+from t2i.pipelines.serving.api.fields import PATHS
 from t2i.pipelines.serving.api.responses import explain_failure
 from t2i.pipelines.serving.gateway.access import Access
 from t2i.pipelines.serving.gateway.limits import Limits
@@ -21,8 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Routes as logs and metrics name them: those that begin with one of these, and end in anything
 COLLECTIONS = ("/v1/images/", "/v1/models/", "/page/")
-ROUTES = ("/", "/health", "/ready", "/metrics", "/v1/models")
-DRAWING_ROUTES = ("/v1/images/generations", "/v1/images/edits", "/v1/images/variations")
+ROUTES = ("/", "/health", "/ready", "/metrics", "/v1/models", *PATHS)
 # What machines ask for at addresses of their own, and what holds no secret
 OPEN_TO_ANY_HOST = ("/health", "/ready", "/metrics")
 
@@ -187,6 +187,6 @@ def needs_key(path: str, method: str) -> bool:
 
 def name_route(path: str) -> str:
     """Return a path for logs and metrics, of which there are few."""
-    if path in ROUTES or path in DRAWING_ROUTES:
+    if path in ROUTES:
         return path
     return next((f"{start}{{name}}" for start in COLLECTIONS if path.startswith(start)), "other")

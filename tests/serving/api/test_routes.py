@@ -131,6 +131,9 @@ def test_settings_that_cannot_be_drawn_are_refused_before_a_stream_begins(client
         ({"prompt": "a cat", "n": True}, "n"),
         ({"prompt": "a cat", "size": "big"}, "size"),
         ({"prompt": "a cat", "size": "33x33"}, "size"),
+        ({"prompt": "a cat", "size": "264x256"}, "size"),  # more than 64 times the model's square
+        ({"prompt": "a cat", "n": 10, "size": "96x80"}, "size"),
+        ({"prompt": "\0"}, "prompt"),
         ({"prompt": "a cat", "steps": 0}, "steps"),
         ({"prompt": "a cat", "steps": 2.5}, "steps"),
         ({"prompt": "a cat", "guidance_scale": "much"}, "guidance_scale"),
@@ -162,6 +165,7 @@ def test_fields_that_clients_leave_empty_count_as_absent(client):
         ("POST", "/v1/images/edits", b"x", {"content-type": "multipart/form-data"}, 400, "invalid_form"),
         ("GET", "/v1/images/generations", b"", {}, 405, "method_not_allowed"),
         ("GET", "/v2/images", b"", {}, 404, "not_found"),
+        ("POST", "/v1/images/generations/", b"{}", {}, 404, "not_found"),
     ],
 )
 def test_other_faults_have_the_apis_shape_too(address, method, path, content, headers, status, code):

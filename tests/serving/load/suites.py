@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SUITES = {
     "10": ("malformed forms and JSON", ["test_gateway.py", "api/test_fields.py"]),
     "12": ("the end of servers and workers", ["test_faults.py", "test_engine.py", "test_workers.py"]),
-    "13": ("unmodified clients", ["api/test_clients.py", "test_api.py"]),
+    "13": ("unmodified clients", ["api"]),
     "15": ("the page in Chromium", ["browser", "page"]),
 }
 
