@@ -89,7 +89,7 @@ def test_what_is_saved_draws_the_same(case, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     loaded = case.kind.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    close(case.run(loaded), drawn, atol=0)
+    close(case.run(loaded), drawn, atol=1e-6)  # some processors round by where a file's weights lie
 
 
 @for_all()
@@ -121,7 +121,7 @@ def test_parts_that_may_be_missing_are_none_after_loading(case, pipe, tmp_path):
     loaded = case.kind.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
     assert all(getattr(loaded, name) is None for name in parts)
-    close(case.run(loaded), case.run(bare), atol=0)
+    close(case.run(loaded), case.run(bare), atol=1e-6)
 
 
 @for_all()
