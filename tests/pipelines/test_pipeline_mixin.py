@@ -54,6 +54,11 @@ def close(first: Any, second: Any, atol: float = 1e-5) -> None:
     torch.testing.assert_close(first, second, atol=atol, rtol=0)
 
 
+def get_rounding(case: Any) -> float:
+    """Return what a loaded pipeline may differ by: an upsampler's convolutions round by where weights lie in memory."""
+    return 1e-6 if case.kind.__name__ == "UpsamplePipeline" else 0.0
+
+
 # Arguments and results
 
 
@@ -89,7 +94,7 @@ def test_what_is_saved_draws_the_same(case, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     loaded = case.kind.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    close(case.run(loaded), drawn, atol=1e-6)  # some processors round by where a file's weights lie
+    close(case.run(loaded), drawn, atol=get_rounding(case))
 
 
 @for_all()
@@ -121,7 +126,7 @@ def test_parts_that_may_be_missing_are_none_after_loading(case, pipe, tmp_path):
     loaded = case.kind.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
     assert all(getattr(loaded, name) is None for name in parts)
-    close(case.run(loaded), case.run(bare), atol=1e-6)
+    close(case.run(loaded), case.run(bare), atol=get_rounding(case))
 
 
 @for_all()
