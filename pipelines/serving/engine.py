@@ -179,7 +179,6 @@ class StepEngine:
         drawing: Drawing = self.own.drawing
         with self.changed:
             before, drawing.is_stepping = drawing.is_stepping, stepping
-            drawing.has_stepped = True
             self.changed.notify_all()
         self.set_turn(drawing, stepping)
         try:

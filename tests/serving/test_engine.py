@@ -15,7 +15,15 @@ from t2i.pipelines import (
     TextDiffPipeline,
 )
 from t2i.pipelines.serving.engine import Cancelled, StepEngine
-from t2i.pipelines.serving.rows import Drawing, PreparedCondition, StepCall, round_up_rows, take_ready_steps
+from t2i.pipelines.serving.rows import (
+    GATHERING_SECONDS,
+    MAX_HELD_STEPS,
+    Drawing,
+    PreparedCondition,
+    StepCall,
+    round_up_rows,
+    take_ready_steps,
+)
 from torch import Generator, Tensor
 
 from t2i.diffusion.guidance import Guidance
@@ -168,35 +176,64 @@ def test_a_request_that_fails_between_two_steps_lets_the_others_take_theirs(pipe
         assert max((image - draw(pipeline)).abs().max() for image in found) < 1e-4
 
 
-def test_all_steps_are_taken_together_unless_a_request_is_between_two():
-    drawings = [Drawing(None, threading.Event(), threading.Condition(), is_stepping=True) for _ in range(3)]
-    for drawing, name in zip(drawings, ("decoder", "prior")):
-        drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
-    now = time.monotonic() + 1
-    assert take_ready_steps(drawings, now) == []
-    drawings.pop()
-    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder", "prior"]
-    assert [drawing.waiting for drawing in drawings] == [None, None]
+def make_drawings(**waiting_for: int) -> dict[str, list[Drawing]]:
+    """Return as many requests that wait for a step of a network, or are `idle`, as the arguments tell."""
+    drawings: dict[str, list[Drawing]] = {}
+    for name, count in waiting_for.items():
+        drawings[name] = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(count)]
+        for drawing in drawings[name] if name != "idle" else []:
+            drawing.has_stepped = name != "new"
+            network = "prior" if name == "new" else name
+            drawing.waiting = StepCall(network, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
+    return drawings
 
 
-def test_the_first_step_waits_a_moment_for_another_request_to_begin():
-    drawings = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(3)]
-    for drawing, name in zip(drawings, ("decoder", "prior")):
-        drawing.has_stepped = True
-        drawing.waiting = StepCall(name, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
-    now = drawings[0].joined
-    # The third neither waits nor takes steps: it begins, or has ended
-    assert [call.denoiser for call in take_ready_steps(drawings, now)] == ["decoder"]
-    assert take_ready_steps(drawings, now) == []
-    assert [call.denoiser for call in take_ready_steps(drawings, now + 1)] == ["prior"]
+def take_networks(drawings: dict[str, list[Drawing]], seconds: float = 1.0) -> list[str]:
+    """Return the networks of the steps that are taken so long after the requests joined."""
+    everyone = [drawing for group in drawings.values() for drawing in group]
+    return [call.denoiser for call in take_ready_steps(everyone, everyone[0].joined + seconds)]
 
 
-@pytest.mark.parametrize("ending", [2, 3])
-def test_the_first_step_waits_for_the_places_of_several_that_end_but_not_of_few(ending):
-    drawings = [Drawing(None, threading.Event(), threading.Condition(), has_stepped=True) for _ in range(ending + 1)]
-    new = drawings[0]
-    new.waiting = StepCall("prior", torch.zeros(1), torch.zeros(1), PreparedCondition(new, None), ())
-    assert len(take_ready_steps(drawings, new.joined)) == (ending == 2)
+def test_no_step_is_taken_while_a_request_is_between_two():
+    drawings = make_drawings(decoder=2, idle=1)
+    drawings["idle"][0].is_stepping = True
+    assert take_networks(drawings) == []
+    drawings.pop("idle")
+    assert take_networks(drawings) == ["decoder"] * 2
+    assert all(drawing.waiting is None for drawing in drawings["decoder"])
+
+
+def test_prior_steps_go_first_so_that_all_share_the_decoder():
+    drawings = make_drawings(decoder=2, prior=1)
+    assert [take_networks(drawings) for _ in range(2)] == [["prior"], ["decoder"] * 2]
+
+
+def test_newcomers_wait_until_they_are_as_many_as_the_others():
+    assert take_networks(make_drawings(decoder=2, new=1)) == ["decoder"] * 2
+    assert take_networks(make_drawings(prior=2, decoder=1, new=2)) == ["prior"] * 2
+    assert take_networks(make_drawings(decoder=2, new=2)) == ["prior"] * 2
+    assert take_networks(make_drawings(new=1)) == ["prior"]
+
+
+def test_newcomers_wait_for_a_limited_number_of_steps_of_the_others():
+    drawings, taken = make_drawings(decoder=2, new=1), []
+    while not taken or taken[-1] == "decoder":
+        for drawing, other in zip(drawings["decoder"], make_drawings(decoder=2)["decoder"]):
+            drawing.waiting = other.waiting
+        taken.append(take_networks(drawings)[0])
+    assert taken == ["decoder"] * MAX_HELD_STEPS + ["prior"]
+
+
+def test_newcomers_wait_a_moment_for_a_request_that_begins_or_ends():
+    drawings = make_drawings(new=1, idle=1)
+    assert take_networks(drawings, GATHERING_SECONDS / 2) == []
+    assert take_networks(drawings, GATHERING_SECONDS * 2) == ["prior"]
+
+
+def test_a_request_without_a_prior_takes_its_first_step_with_the_decoders():
+    drawings = make_drawings(decoder=3)
+    drawings["decoder"][0].has_stepped = False
+    assert take_networks(drawings) == ["decoder"] * 3
 
 
 def test_the_engine_computes_with_its_cores_and_requests_with_one(pipeline):
