@@ -20,7 +20,8 @@ ROW_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 # Seconds of a call, for their spread
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 MAX_CONTEXTS = 8  # joined ones that are kept
-MAX_HELD_STEPS = 20  # of other requests, that newcomers wait for at most
+MAX_HELD_ROUNDS = 20  # of the engine, in which others go before a newcomer
+MAX_PAUSED_ROUNDS = 60  # of the engine, in which prior steps go before a request's decoder steps, in all
 GATHERING_SECONDS = 0.05  # that newcomers wait at most for a request that begins or ends
 DENOISERS = ("prior", "decoder", "upsampler")
 
@@ -77,15 +78,16 @@ class Drawing:
     waiting: StepCall | None = None
     joined: float = field(default_factory=time.monotonic)
     has_stepped: bool = False
-    held_steps: int = 0  # of others, that its first step has waited for
+    held_rounds: int = 0  # in which it waited for its first prior step, and others took theirs
+    paused_rounds: int = 0  # in which it waited for a decoder step, and others took prior steps
 
 
 def take_ready_steps(drawings: Collection[Drawing], now: float) -> list[StepCall]:
     """Return the steps that are taken now, which wait no longer; none while a request is between two of them.
 
     Requests that arrive one by one would share no call: some are in the prior, others in the decoder. So prior steps go
-    first, until all requests share the decoder. In turn newcomers, which wait for their first prior step, let the
-    others go on until as many newcomers have come, or for `MAX_HELD_STEPS`.
+    first, for at most `MAX_PAUSED_ROUNDS` of a request. Newcomers, which wait for their first prior step, let the
+    others go on until there are as many newcomers as others, for at most `MAX_HELD_ROUNDS`.
     """
     waiting = {drawing: drawing.waiting for drawing in drawings if drawing.waiting is not None}
     if any(drawing.is_stepping and drawing not in waiting for drawing in drawings):
@@ -93,14 +95,17 @@ def take_ready_steps(drawings: Collection[Drawing], now: float) -> list[StepCall
     of_prior = [drawing for drawing, call in waiting.items() if call.denoiser == "prior"]
     newcomers = [drawing for drawing in of_prior if not drawing.has_stepped]
     others = [drawing for drawing in waiting if drawing not in newcomers]
-    is_few = len(newcomers) < len(others) and all(drawing.held_steps < MAX_HELD_STEPS for drawing in newcomers)
+    is_few = len(newcomers) < len(others) and all(drawing.held_rounds < MAX_HELD_ROUNDS for drawing in newcomers)
     # A request that does not wait is about to take its first step, or leaves its place to one that will
-    may_grow = len(waiting) < len(drawings) and any(now - drawing.joined < GATHERING_SECONDS for drawing in newcomers)
+    may_grow = len(waiting) < len(drawings) and all(now - drawing.joined < GATHERING_SECONDS for drawing in newcomers)
     if is_few or may_grow:
         of_prior = [drawing for drawing in of_prior if drawing in others]
         for drawing in newcomers:
-            drawing.held_steps += bool(others)
-    taken = of_prior or others
+            drawing.held_rounds += bool(others)
+    paused = [drawing for drawing in others if drawing not in of_prior] if of_prior else []
+    for drawing in paused:
+        drawing.paused_rounds += 1
+    taken = of_prior + [drawing for drawing in paused if drawing.paused_rounds > MAX_PAUSED_ROUNDS] or others
     for drawing in taken:
         drawing.waiting, drawing.has_stepped = None, True
     return [waiting[drawing] for drawing in taken]

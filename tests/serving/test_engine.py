@@ -17,7 +17,8 @@ from t2i.pipelines import (
 from t2i.pipelines.serving.engine import Cancelled, StepEngine
 from t2i.pipelines.serving.rows import (
     GATHERING_SECONDS,
-    MAX_HELD_STEPS,
+    MAX_HELD_ROUNDS,
+    MAX_PAUSED_ROUNDS,
     Drawing,
     PreparedCondition,
     StepCall,
@@ -217,11 +218,19 @@ def test_newcomers_wait_until_they_are_as_many_as_the_others():
 
 def test_newcomers_wait_for_a_limited_number_of_steps_of_the_others():
     drawings, taken = make_drawings(decoder=2, new=1), []
-    while not taken or taken[-1] == "decoder":
+    for _ in range(MAX_HELD_ROUNDS + 1):
         for drawing, other in zip(drawings["decoder"], make_drawings(decoder=2)["decoder"]):
             drawing.waiting = other.waiting
         taken.append(take_networks(drawings)[0])
-    assert taken == ["decoder"] * MAX_HELD_STEPS + ["prior"]
+    assert taken == ["decoder"] * MAX_HELD_ROUNDS + ["prior"]
+
+
+def test_decoder_steps_are_passed_over_for_a_limited_number_of_rounds():
+    drawings, taken = make_drawings(decoder=1, prior=1), []
+    for _ in range(MAX_PAUSED_ROUNDS + 1):
+        drawings["prior"][0].waiting = make_drawings(prior=1)["prior"][0].waiting
+        taken.append(take_networks(drawings))
+    assert taken[:-1] == [["prior"]] * MAX_PAUSED_ROUNDS and sorted(taken[-1]) == ["decoder", "prior"]
 
 
 def test_newcomers_wait_a_moment_for_a_request_that_begins_or_ends():
