@@ -1,10 +1,10 @@
 """The engine: steps of denoisers that run in several threads become one call of the network.
 
 Every request runs an unchanged pipeline in a thread of its own. Where its prior or decoder would take a step, it waits
-for the engine, which joins the steps of all requests that wait and calls each network once. Requests may differ in
+for the engine, which joins the steps of the requests whose turn it is (`take_ready_steps`). Requests may differ in
 task, sampler, number of steps and guidance, for all of these act on one request's own rows.
 
-Of models/emoji, 12 + 25 steps, a request's own part of a step takes 0.2 ms, the network's for eight 15 ms (AMD EPYC,
+Of models/emoji in 12 + 25 steps, a request's own part of a step takes 0.2 ms, the network's for eight 15 ms (AMD EPYC,
 two cores, 2026-12-02). Equal requests that wait are not made one call: that would win 7 % at most.
 """
 

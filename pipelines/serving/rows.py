@@ -22,7 +22,7 @@ CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 MAX_CONTEXTS = 8  # joined ones that are kept
 MAX_HELD_ROUNDS = 20  # of the engine, in which others go before a newcomer
 MAX_PAUSED_ROUNDS = 60  # of the engine, in which prior steps go before a request's decoder steps, in all
-GATHERING_SECONDS = 0.05  # that newcomers wait at most for a request that begins or ends
+GATHERING_SECONDS = 0.05  # after it joined, that a newcomer waits for one outside its steps
 DENOISERS = ("prior", "decoder", "upsampler")
 
 
@@ -78,16 +78,17 @@ class Drawing:
     waiting: StepCall | None = None
     joined: float = field(default_factory=time.monotonic)
     has_stepped: bool = False
-    held_rounds: int = 0  # in which it waited for its first prior step, and others took theirs
-    paused_rounds: int = 0  # in which it waited for a decoder step, and others took prior steps
+    held_rounds: int = 0  # in which it waited for its first prior step, and others went first
+    paused_rounds: int = 0  # in which it waited for a decoder step, and prior steps went first
 
 
 def take_ready_steps(drawings: Collection[Drawing], now: float) -> list[StepCall]:
     """Return the steps that are taken now, which wait no longer; none while a request is between two of them.
 
-    Requests that arrive one by one would share no call: some are in the prior, others in the decoder. So prior steps go
-    first, for at most `MAX_PAUSED_ROUNDS` of a request. Newcomers, which wait for their first prior step, let the
-    others go on until there are as many newcomers as others, for at most `MAX_HELD_ROUNDS`.
+    Requests that arrive one by one would share few calls: some are in the prior, others in the decoder. So prior steps
+    go first, for at most `MAX_PAUSED_ROUNDS` of a request. Newcomers, which wait for their first prior step, let the
+    others go on until there are as many newcomers as others, for at most `MAX_HELD_ROUNDS`; and for a moment while
+    another request is outside its steps.
     """
     waiting = {drawing: drawing.waiting for drawing in drawings if drawing.waiting is not None}
     if any(drawing.is_stepping and drawing not in waiting for drawing in drawings):
@@ -96,13 +97,13 @@ def take_ready_steps(drawings: Collection[Drawing], now: float) -> list[StepCall
     newcomers = [drawing for drawing in of_prior if not drawing.has_stepped]
     others = [drawing for drawing in waiting if drawing not in newcomers]
     is_few = len(newcomers) < len(others) and all(drawing.held_rounds < MAX_HELD_ROUNDS for drawing in newcomers)
-    # A request that does not wait is about to take its first step, or leaves its place to one that will
+    # A request outside its steps may begin, or leave its place to another that will
     may_grow = len(waiting) < len(drawings) and all(now - drawing.joined < GATHERING_SECONDS for drawing in newcomers)
     if is_few or may_grow:
         of_prior = [drawing for drawing in of_prior if drawing in others]
         for drawing in newcomers:
             drawing.held_rounds += bool(others)
-    paused = [drawing for drawing in others if drawing not in of_prior] if of_prior else []
+    paused = [drawing for drawing in others if of_prior and drawing not in of_prior]
     for drawing in paused:
         drawing.paused_rounds += 1
     taken = of_prior + [drawing for drawing in paused if drawing.paused_rounds > MAX_PAUSED_ROUNDS] or others

@@ -184,9 +184,12 @@ def make_drawings(**waiting_for: int) -> dict[str, list[Drawing]]:
         drawings[name] = [Drawing(None, threading.Event(), threading.Condition()) for _ in range(count)]
         for drawing in drawings[name] if name != "idle" else []:
             drawing.has_stepped = name != "new"
-            network = "prior" if name == "new" else name
-            drawing.waiting = StepCall(network, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
+            wait_for_step(drawing, "prior" if name == "new" else name)
     return drawings
+
+
+def wait_for_step(drawing: Drawing, network: str) -> None:
+    drawing.waiting = StepCall(network, torch.zeros(1), torch.zeros(1), PreparedCondition(drawing, None), ())
 
 
 def take_networks(drawings: dict[str, list[Drawing]], seconds: float = 1.0) -> list[str]:
@@ -211,16 +214,19 @@ def test_prior_steps_go_first_so_that_all_share_the_decoder():
 
 def test_newcomers_wait_until_they_are_as_many_as_the_others():
     assert take_networks(make_drawings(decoder=2, new=1)) == ["decoder"] * 2
-    assert take_networks(make_drawings(prior=2, decoder=1, new=2)) == ["prior"] * 2
+    drawings = make_drawings(prior=2, decoder=1, new=2)
+    assert take_networks(drawings) == ["prior"] * 2
+    assert all(drawing.waiting is None for drawing in drawings["prior"])
+    assert all(drawing.waiting is not None for drawing in drawings["new"])
     assert take_networks(make_drawings(decoder=2, new=2)) == ["prior"] * 2
     assert take_networks(make_drawings(new=1)) == ["prior"]
 
 
-def test_newcomers_wait_for_a_limited_number_of_steps_of_the_others():
+def test_newcomers_wait_for_a_limited_number_of_rounds():
     drawings, taken = make_drawings(decoder=2, new=1), []
     for _ in range(MAX_HELD_ROUNDS + 1):
-        for drawing, other in zip(drawings["decoder"], make_drawings(decoder=2)["decoder"]):
-            drawing.waiting = other.waiting
+        for drawing in drawings["decoder"]:
+            wait_for_step(drawing, "decoder")
         taken.append(take_networks(drawings)[0])
     assert taken == ["decoder"] * MAX_HELD_ROUNDS + ["prior"]
 
@@ -228,7 +234,7 @@ def test_newcomers_wait_for_a_limited_number_of_steps_of_the_others():
 def test_decoder_steps_are_passed_over_for_a_limited_number_of_rounds():
     drawings, taken = make_drawings(decoder=1, prior=1), []
     for _ in range(MAX_PAUSED_ROUNDS + 1):
-        drawings["prior"][0].waiting = make_drawings(prior=1)["prior"][0].waiting
+        wait_for_step(drawings["prior"][0], "prior")
         taken.append(take_networks(drawings))
     assert taken[:-1] == [["prior"]] * MAX_PAUSED_ROUNDS and sorted(taken[-1]) == ["decoder", "prior"]
 
@@ -237,6 +243,12 @@ def test_newcomers_wait_a_moment_for_a_request_that_begins_or_ends():
     drawings = make_drawings(new=1, idle=1)
     assert take_networks(drawings, GATHERING_SECONDS / 2) == []
     assert take_networks(drawings, GATHERING_SECONDS * 2) == ["prior"]
+
+
+def test_a_newcomer_does_not_wait_longer_because_another_came_later():
+    drawings = make_drawings(new=2, idle=1)
+    drawings["new"][1].joined += GATHERING_SECONDS
+    assert take_networks(drawings, GATHERING_SECONDS * 1.5) == ["prior"] * 2
 
 
 def test_a_request_without_a_prior_takes_its_first_step_with_the_decoders():

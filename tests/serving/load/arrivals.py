@@ -17,7 +17,7 @@ from tests.serving.load.scale import Row, Scale, measure_capacity, measure_solo_
 
 MAX_QUEUE = 64  # of the server, which is its default
 FAIR_BATCH = 4  # with 8, an image takes a CPU three times as long as alone, before anybody waits
-MAX_TRIES, MAX_DRIFT = 3, 0.05  # of a phase, and of the load by the capacity after it
+MAX_TRIES, MAX_DRIFT = 3, 0.05  # of a phase; of its load, by the mean capacity before and after
 KEY_CLIENTS = 32  # of the key that asks for much
 
 

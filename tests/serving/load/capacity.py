@@ -1,6 +1,6 @@
 """Capacity of one engine of the server: seconds of an image, for requests that come one by one and together.
 
-    python -m tests.serving.load.capacity [--model FOLDER] [--device cuda] [--steps 25] [--together 1 8 16]
+    python -m tests.serving.load.capacity [--model FOLDER] [--device cuda] [--steps N] [--together 1 8 16]
 
 Every request draws one image in a thread of its own, as in `t2i serve`. "CPU" is the time of all threads, "networks"
 that of the engine's thread; the rest is Python, CLIP and the autoencoder. Run it with OMP_NUM_THREADS=1 for the
