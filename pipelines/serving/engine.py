@@ -78,7 +78,8 @@ class StepEngine:
         self.own = threading.local()  # .drawing: of a thread that joined
         self.contexts, self.closed = JoinedContexts(), False
         # The networks' own methods, which may be compiled ones, and in their place those that wait for the engine
-        self.networks = {name: network for name in DENOISERS if (network := getattr(pipeline, name, None)) is not None}
+        networks: dict[str, Any] = {name: getattr(pipeline, name, None) for name in DENOISERS}
+        self.networks = {name: network for name, network in networks.items() if hasattr(network, "step")}
         self.methods = {name: (network.prepare, network.step) for name, network in self.networks.items()}
         for name, network in self.networks.items():
             network.prepare, network.step = partial(self.prepare, name), partial(self.step, name)
@@ -200,7 +201,8 @@ class StepEngine:
     def prepare(self, name: str, condition: Condition, *timesteps: Tensor) -> Any:
         """Stand for the network's `prepare`: the engine prepares the conditions of all requests at once."""
         drawing = getattr(self.own, "drawing", None)
-        if name not in MERGED or drawing is None:  # a thread that did not join
+        # The upsampler's steps, an autoregressive prior's codes, and a thread that did not join
+        if name not in MERGED or not self.networks[name].needs_scheduler or drawing is None:
             return self.methods[name][0](condition, *timesteps)
         return PreparedCondition(drawing, condition, *timesteps)
 

@@ -28,6 +28,9 @@ from t2i.pipelines.serving.rows import (
 from torch import Generator, Tensor
 
 from t2i.diffusion.guidance import Guidance
+from t2i.networks.autoregressive_prior import AutoregressivePrior
+from t2i.networks.public.eclipse import EclipsePrior
+from t2i.networks.regression_prior import RegressionPrior
 from t2i.sampling.steering import Steering
 from tests.helpers.pipelines import tiny_upsampler  # noqa: F401
 
@@ -102,6 +105,22 @@ def test_requests_of_any_kind_draw_together_what_they_draw_alone(pipeline):
     assert counts.calls < counts.rows / 3, "calls are shared"
     # The networks have their own methods again
     assert torch.equal(draws[0](pipeline), alone[0]) and "step" not in vars(pipeline.decoder)
+
+
+@pytest.mark.parametrize("kind", (AutoregressivePrior, RegressionPrior, EclipsePrior))
+def test_requests_of_priors_without_a_scheduler_share_the_decoder(pipeline, kind):
+    clip, sizes = pipeline.clip, {} if kind is RegressionPrior else {"width": 8, "depth": 1, "heads": 2}
+    sizes |= {"components": 4} if kind is AutoregressivePrior else {}
+    sizes |= {} if kind is RegressionPrior else {"context_length": clip.context_length}
+    prior = kind(clip.embed_dim, clip.text_width, **sizes, clip_fingerprint=clip.identity).eval()
+    pipeline.register_modules(prior=prior, prior_scheduler=None)
+    draws = [draw_text("a red circle", 0), draw_text("two", 1, num_images_per_prompt=2, prior_guidance_scale=1.0)]
+    alone = [draw(pipeline) for draw in draws]
+    with StepEngine(pipeline) as engine:
+        engine.warm_up((1, 2))
+        together = draw_together(engine, draws)
+    for expected, found in zip(alone, together):
+        assert isinstance(found, Tensor) and (found - expected).abs().max() < 1e-4, found
 
 
 def test_threads_that_did_not_join_draw_as_before(pipeline, engine):
