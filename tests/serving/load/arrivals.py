@@ -30,17 +30,18 @@ async def check_latency(server: ServerProcess, scale: Scale) -> list[Row]:
     async with Client(server.address) as client:
         after = await measure_solo_seconds(client, asks), await measure_capacity(client, scale)
         for load, factor in ((0.25, 2), (0.5, 3), (0.75, 5)):
-            # At another speed of the machine the load would be another
-            for _ in range(MAX_TRIES):
+            # At another speed of the machine the load would be another; of these tries the nearest counts
+            tries: list[tuple[float, list[Answer], float]] = []
+            while len(tries) < MAX_TRIES and not any(abs(found / load - 1) <= MAX_DRIFT for found, _, _ in tries):
                 before, asked = after, load * after[1]
                 answers = await client.run_open_loop(asked, scale.phase, asks)
                 after = await measure_solo_seconds(client, asks), await measure_capacity(client, scale)
                 solo, capacity = (mean(pair) for pair in zip(before, after))
-                if abs(asked / capacity / load - 1) <= MAX_DRIFT:
-                    break
+                tries.append((asked / capacity, answers, solo))
+            found, answers, solo = min(tries, key=lambda a_try: abs(a_try[0] - load))
             lost = sum(answer.status != 200 for answer in answers)
             slowest = compute_percentile([answer.seconds for answer in answers], 95) / solo
-            name = f"3 load {asked / capacity:.0%} for {load:.0%}, {len(answers)} requests"
+            name = f"3 load {found:.0%} for {load:.0%}, {len(answers)} requests"
             rows.append(Row(f"{name}: lost", "0", str(lost), lost == 0))
             rows.append(Row(f"{name}: p95 / alone", f"<= {factor}", f"{slowest:.2f}", slowest <= factor, True))
     return rows
