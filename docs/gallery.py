@@ -39,6 +39,7 @@ CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW = "1f431", "1f34e", "1f680", "26c4", "
 NAMES = ["cat face", "red apple", "rocket", "snowman", "fox", "rainbow"]
 PAIRS, PAIR_COLUMNS, PAIR_SIDE = 64, 6, 64  # of the sheet of drawn and real emoji; sides in pixels
 MAX_BYTES = 300_000  # of one image in the documents
+STYLES = {"Noto": "", "3D": ", 3D", "flat": ", flat", "outline": ", outline", "blob": ", blob", "Twemoji": ", twemoji"}
 Rows = dict[str, list[Image.Image | None]]
 
 
@@ -165,6 +166,22 @@ def draw_diffs(gallery: Gallery) -> Image.Image:
         way = {"direction": direction, "theta": theta, "generator": gallery.generators(4)}
         rows[f"{direction}, theta {theta:g}"] = pipeline(pictures, source=source, target=target, **way).images
     return build_labelled_rows(rows, [f"{before} -> {after}" for before, after in zip(source, target)])
+
+
+def draw_styles(gallery: Gallery) -> Image.Image:
+    """Draw prompts in each style, and real images in two others, with the model of six styles."""
+    pipeline = Text2ImagePipeline.from_pretrained(MODELS / "emoji-styles")
+    pipeline.set_progress_bar_config(disable=True)
+    styled = Gallery(gallery.data, pipeline, gallery.seed)
+    rows: Rows = {name: [*styled.draw([prompt + style for prompt in NAMES])] for name, style in STYLES.items()}
+    pictures = gallery.emoji(CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW)
+    rows["picture"] = [*pictures]
+    edit = TextDiffPipeline.from_pipe(pipeline)
+    for name in ("3D", "outline"):
+        way = {"direction": "prior", "theta": 1.0, "generator": gallery.generators(len(NAMES))}
+        target = [prompt + STYLES[name] for prompt in NAMES]
+        rows[f"picture, to {name}"] = edit(pictures, source=NAMES, target=target, **way).images
+    return build_labelled_rows(rows, NAMES)
 
 
 def draw_inpainting(gallery: Gallery) -> Image.Image:

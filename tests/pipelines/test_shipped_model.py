@@ -1,4 +1,4 @@
-"""The model in models/emoji: complete, small, and it draws what it is asked for."""
+"""The models in models/emoji and models/emoji-styles: complete, small, and they draw what they are asked for."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,20 @@ import torch
 from t2i import Text2ImagePipeline
 from tests.helpers.stages import seeds
 
-FOLDER = Path(__file__).resolve().parents[2] / "models" / "emoji"
+MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = Text2ImagePipeline.from_pretrained(FOLDER)
+    pipeline = Text2ImagePipeline.from_pretrained(MODELS / "emoji")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def test_its_folder_is_pinned_and_at_most_48_megabytes():
-    index = json.loads((FOLDER / "model_index.json").read_text())
+@pytest.mark.parametrize("name", ("emoji", "emoji-styles"))
+def test_its_folder_is_pinned_and_at_most_48_megabytes(name):
+    folder = MODELS / name
+    index = json.loads((folder / "model_index.json").read_text())
     assert {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0]} == {
         "_class_name": ["pipeline", "Text2ImagePipeline"],  # for diffusers
         "autoencoder": ["t2i.networks.autoencoder", "Autoencoder"],
@@ -30,7 +32,7 @@ def test_its_folder_is_pinned_and_at_most_48_megabytes():
         "prior": ["t2i.networks.prior", "Prior"],
         "prior_scheduler": ["diffusers", "DDIMScheduler"],
     }
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 48_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".py"}
     assert [path.name for path in files if path.suffix == ".py"] == ["pipeline.py"]
@@ -54,3 +56,16 @@ def test_its_captions_find_their_pictures_by_meaning(pipeline):
     with torch.no_grad():
         z_t = pipeline.clip.encode_text(prompts).embedding
     assert (z_i @ z_t.T).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_the_model_of_six_styles_draws_an_apple_in_each():
+    pipeline = Text2ImagePipeline.from_pretrained(MODELS / "emoji-styles")
+    pipeline.set_progress_bar_config(disable=True)
+    styles = ["", ", 3D", ", flat", ", outline", ", blob", ", twemoji"]
+    prompts = [f"red apple{style}" for style in styles]
+    images = pipeline(prompts, generator=seeds(*range(6)), output_type="pt").images
+    redness = (images[:, 0] - images[:, 1:].mean(dim=1))[:, 50:90, 40:90].mean(dim=(1, 2))
+    assert redness[styles.index(", outline")].abs() < 0.05  # black on white
+    assert sorted(redness)[1] > 0.4
+    # No two alike
+    assert min((a - b).square().mean() for i, a in enumerate(images) for b in images[:i]) > 0.01
