@@ -166,6 +166,8 @@ def test_a_licence_that_is_not_known_is_told(folder, caplog):
     assert "the licence of" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["emoji", "emoji-styles", "emoji-upsampler", "emoji-classifier", "emoji-prior-autoregressive"])
+@pytest.mark.parametrize(
+    "name", ["emoji", "emoji-styles", "emoji-upsampler", "emoji-classifier", "emoji-prior-autoregressive"]
+)
 def test_the_cards_of_the_shipped_models_are_complete(name):
     plan_upload(EMOJI.with_name(name), NAME)
