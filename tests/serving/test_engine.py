@@ -108,7 +108,7 @@ def test_requests_of_any_kind_draw_together_what_they_draw_alone(pipeline):
 
 
 @pytest.mark.parametrize("kind", (AutoregressivePrior, RegressionPrior, EclipsePrior))
-def test_requests_of_priors_without_a_scheduler_share_the_decoder(pipeline, kind):
+def test_priors_without_a_scheduler_draw_in_the_engine_what_they_draw_alone(pipeline, kind):
     clip, sizes = pipeline.clip, {} if kind is RegressionPrior else {"width": 8, "depth": 1, "heads": 2}
     sizes |= {"components": 4} if kind is AutoregressivePrior else {}
     sizes |= {} if kind is RegressionPrior else {"context_length": clip.context_length}
