@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 serve: $(VENV)/installed
 	@$(BIN)/t2i serve $(SERVE)
 
-# The fonts and names are Debian's: fonts-noto-color-emoji unicode-data unicode-cldr-core libfribidi0
+# The fonts and names are Debian's: fonts-noto-color-emoji unicode-data unicode-cldr-core libfribidi0, and npm
 emoji: $(VENV)/installed
 	[ -d data/emoji ] || $(BIN)/t2i data emoji data/emoji --keywords all
 	[ -d data/emoji-256 ] || $(BIN)/t2i data emoji data/emoji-256 --size 256

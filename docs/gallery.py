@@ -24,6 +24,7 @@ from t2i.pipelines import (
 )
 from torch import Generator
 
+from t2i.data.emoji.styles import STYLES
 from t2i.data.pictures import open_image, to_tensor
 from t2i.diffusion.guidance import Guidance
 from t2i.evaluation.contact_sheet import build_labelled_rows, build_similarity_matrix, to_pil_images
@@ -37,9 +38,18 @@ MODELS = ROOT / "models"
 PROMPTS = ["a cat", "red apple", "sunflower", "waving hand: dark skin tone", "snowman", "red heart"]
 CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW = "1f431", "1f34e", "1f680", "26c4", "1f98a", "1f308"  # emoji in data/emoji
 NAMES = ["cat face", "red apple", "rocket", "snowman", "fox", "rainbow"]
+# By name; all six images of each were in training
+STYLED = {
+    "dog face": "1f436",
+    "red apple": APPLE,
+    "house": "1f3e0",
+    "mushroom": "1f344",
+    "fox": FOX,
+    "rainbow": RAINBOW,
+}
 PAIRS, PAIR_COLUMNS, PAIR_SIDE = 64, 6, 64  # of the sheet of drawn and real emoji; sides in pixels
 MAX_BYTES = 300_000  # of one image in the documents
-STYLES = {"Noto": "", "3D": ", 3D", "flat": ", flat", "outline": ", outline", "blob": ", blob", "Twemoji": ", twemoji"}
+SUFFIXES = {"Noto": ""} | {style.word: f", {style.word}" for style in STYLES.values()}  # of captions, by style
 Rows = dict[str, list[Image.Image | None]]
 
 
@@ -169,19 +179,27 @@ def draw_diffs(gallery: Gallery) -> Image.Image:
 
 
 def draw_styles(gallery: Gallery) -> Image.Image:
-    """Draw prompts in each style, and real images in two others, with the model of six styles."""
+    """Draw captions in each style, and images of one style in others, with the model of six styles."""
     pipeline = Text2ImagePipeline.from_pretrained(MODELS / "emoji-styles")
     pipeline.set_progress_bar_config(disable=True)
     styled = Gallery(gallery.data, pipeline, gallery.seed)
-    rows: Rows = {name: [*styled.draw([prompt + style for prompt in NAMES])] for name, style in STYLES.items()}
-    pictures = gallery.emoji(CAT, APPLE, ROCKET, SNOWMAN, FOX, RAINBOW)
-    rows["picture"] = [*pictures]
-    edit = TextDiffPipeline.from_pipe(pipeline)
-    for name in ("3D", "outline"):
-        way = {"direction": "prior", "theta": 1.0, "generator": gallery.generators(len(NAMES))}
-        target = [prompt + STYLES[name] for prompt in NAMES]
-        rows[f"picture, to {name}"] = edit(pictures, source=NAMES, target=target, **way).images
-    return build_labelled_rows(rows, NAMES)
+    rows: Rows = {style: [*styled.draw([name + suffix for name in STYLED])] for style, suffix in SUFFIXES.items()}
+    pictures = gallery.emoji(*STYLED.values())
+    captions = [f"{name}, 3D" for name in STYLED]
+    rows["image"] = [*pictures]
+    noise = {"generator": gallery.generators(len(STYLED))}
+    rows["to 3D"] = TextDiffPipeline.from_pipe(pipeline)(
+        pictures, source=[*STYLED], target=captions, direction="prior", theta=1.0, **noise
+    ).images
+    rows["variation read as 3D"] = ImageVariationPipeline.from_pipe(pipeline)(pictures, prompt=captions, **noise).images
+    between = InterpolationPipeline.from_pipe(pipeline)
+    ends = zip(pictures, gallery.emoji(*(f"3D-{code}" for code in STYLED.values())))
+    # The middle of three frames from one style to the other
+    rows["halfway to real 3D"] = [
+        between([*pair], frames=3, generator=generator).images[1]
+        for pair, generator in zip(ends, gallery.generators(len(STYLED)))
+    ]
+    return build_labelled_rows(rows, [*STYLED])
 
 
 def draw_inpainting(gallery: Gallery) -> Image.Image:

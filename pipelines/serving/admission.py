@@ -126,11 +126,13 @@ class Admission:
 
     @property
     def queued_images(self) -> int:
-        return sum(ticket.images for queue in self.queues.values() for ticket in queue)
+        with self.lock:
+            return sum(ticket.images for queue in self.queues.values() for ticket in queue)
 
     @property
     def running_images(self) -> int:
-        return sum(lane.images for lane in self.lanes)
+        with self.lock:
+            return sum(lane.images for lane in self.lanes)
 
     def enter(
         self,

@@ -145,13 +145,17 @@ class DrawRequest:
 
     def count_pixels(self, facts: ModelFacts) -> int:
         """Return the pixels of all images, enlarged, by which their memory is counted."""
-        width, height = self.find_size(facts)
-        return self.count * width * height * facts.upsampler_factor ** (2 * (self.settings.get("upsample") or 0))
+        return self.count_drawn_pixels(facts) * facts.upsampler_factor ** (2 * (self.settings.get("upsample") or 0))
 
     def count_drawn_pixels(self, facts: ModelFacts) -> int:
-        """Return the pixels of all images as the decoder draws them; 0 if it draws none."""
+        """Return the pixels of all images as the decoder draws them, or as they are given to be enlarged."""
         width, height = self.find_size(facts)
-        return 0 if self.task == "upsample" else self.count * width * height
+        return self.count * width * height
+
+    def count_enlarged_pixels(self, facts: ModelFacts) -> int:
+        """Return the pixels of all images that the last pass of the upsampler enlarges; 0 without one."""
+        passes = self.settings.get("upsample") or 0
+        return self.count_drawn_pixels(facts) * facts.upsampler_factor ** (2 * (passes - 1)) if passes else 0
 
     def find_size_setting(self) -> str:
         """Return the name of the setting by which images are large."""

@@ -4,9 +4,15 @@ import json
 from typing import Any
 
 from PIL import Image
+from t2i.pipelines.memory_needed import BatchTooLargeError
+from t2i.pipelines.serving.engine import Cancelled
+
+from t2i.errors import InputError
+from t2i.runtime.memory import is_out_of_memory
 
 IMAGE_KEY = "\0image"  # no field of a request has this name
 LENGTH_BYTES = 8
+EXPECTED_ERRORS = ("BatchTooLargeError", "InputError", "Cancelled", "MemoryError")
 
 
 def encode_message(kind: str, **data: Any) -> bytes:
@@ -39,3 +45,25 @@ def decode_message(message: bytes) -> tuple[str, dict[str, Any]]:
 
     content = json.loads(message[LENGTH_BYTES:start], object_hook=find_image)
     return content["kind"], content["data"]
+
+
+def pack_error(error: BaseException) -> dict[str, Any]:
+    """Return an error as data of a message."""
+    if isinstance(error, BatchTooLargeError):
+        return {"error": "BatchTooLargeError", "message": error.reason, "fitting_count": error.fitting_count}
+    if isinstance(error, InputError):
+        return {"error": "InputError", "message": str(error)}
+    if isinstance(error, Cancelled):
+        return {"error": "Cancelled", "message": str(error)}
+    if is_out_of_memory(error):
+        return {"error": "MemoryError", "message": str(error)}
+    return {"error": "", "message": repr(error)}
+
+
+def unpack_error(data: dict[str, Any]) -> Exception:
+    """Return the error that `pack_error` packed; a RuntimeError for one that nobody expected."""
+    kind, message = data["error"], data["message"]
+    if kind == "BatchTooLargeError":
+        return BatchTooLargeError(message, data["fitting_count"])
+    kinds: dict[str, type[Exception]] = {"InputError": InputError, "Cancelled": Cancelled, "MemoryError": MemoryError}
+    return kinds.get(kind, RuntimeError)(message)

@@ -6,6 +6,7 @@ Ray Serve starts and replaces the replicas, adds some while requests wait, and s
 replica does everything else as `t2i serve` does.
 """
 
+import logging
 import threading
 from dataclasses import dataclass, fields
 from typing import Any, get_args
@@ -18,6 +19,8 @@ from t2i.pipelines.serving.store import ImageStore
 from t2i.checks import check_integer, check_range
 from t2i.errors import InputError
 from t2i.shipped import find_shipped_folder
+
+logger = logging.getLogger(__name__)
 
 # Requests in a replica beside those that draw or wait for their turn: refused ones, and those for models and images
 SPARE_REQUESTS = 64
@@ -154,11 +157,15 @@ def report_metrics(registry: Any, closed: threading.Event) -> None:
 
     gauges: dict[str, Any] = {}
     while not closed.wait(METRICS_SECONDS):
-        for metric in registry.collect():
-            for sample in metric.samples:
-                if sample.name not in gauges:
-                    gauges[sample.name] = Gauge(sample.name, metric.documentation, tag_keys=tuple(sample.labels))
-                gauges[sample.name].set(sample.value, tags=dict(sample.labels))
+        try:
+            for metric in registry.collect():
+                for sample in metric.samples:
+                    if sample.name not in gauges:
+                        gauges[sample.name] = Gauge(sample.name, metric.documentation, tag_keys=tuple(sample.labels))
+                    gauges[sample.name].set(sample.value, tags=dict(sample.labels))
+        except Exception:
+            # The next report may succeed
+            logger.exception("the metrics could not be reported to Ray")
 
 
 def build_app(arguments: dict[str, Any]) -> Any:

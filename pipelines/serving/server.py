@@ -15,6 +15,7 @@ from t2i.pipelines.serving.drawing import load_drawer
 from t2i.pipelines.serving.gateway.access import Access
 from t2i.pipelines.serving.gateway.draining import DrainingServer, end_process_after
 from t2i.pipelines.serving.gateway.limits import Limits
+from t2i.pipelines.serving.gateway.loading import answer_while_loading
 from t2i.pipelines.serving.gateway.log import open_request_log
 from t2i.pipelines.serving.service import AnyDrawer, Service
 from t2i.pipelines.serving.store import ImageStore
@@ -34,18 +35,18 @@ class ServerSettings:
 
     Args:
         host, port: where it listens; port 0 takes a free one.
-        max_batch: images that are drawn at the same time; a quarter more for keys that draw nothing.
+        max_batch: images that are drawn at the same time; see also `count_spare_images`.
         max_queue: images that wait for their turn, beyond which requests are refused; max_queue_per_key: of one key.
         queue_timeout: seconds that a request waits for its turn at most.
-        drain: seconds that requests have to end when the server shuts down.
+        drain: seconds that requests have to finish when the server shuts down.
         name: of the model in the API; None is that of its folder.
         aliases: other names of the first model, or of another one as ALIAS=NAME.
         models: names and folders of several models, instead of the source's.
         devices: of each model, which has a worker process on each of them; none are the source's.
         workers: processes of each model on each device. One in all is none: the server draws itself.
         max_n: images that a request may draw.
-        max_pixels: of all images that a request draws, before they are enlarged: a step of them cannot be cut, and the
-            others wait for it. None is `MAX_SQUARES` times the model's square.
+        max_pixels: of all images that a request draws, or gives to a pass of the upsampler, so that none keeps the
+            machine for hours. None is `MAX_SQUARES` times the model's square.
         public_url: under which clients reach the server, for links to images; None is the address of each request.
         keys: file of the keys of clients; without it the server listens to this machine alone. See `read_keys`.
         cors: see `Access`.
@@ -103,11 +104,10 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
         # At once, while the model loads: of two that are bound and do not listen, none is refused
         listener.listen()
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two of a name that is none
         listener.close()
-        raise InputError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}; choose another --port"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another --port") from error
     return listener
 
 
@@ -178,7 +178,8 @@ def serve(source: ModelSource, settings: ServerSettings) -> None:
     open_request_log(settings.log_file)
     check_models(source, settings)
     listener = open_socket(settings.host, settings.port)
-    api = build_api(source, settings)
+    with answer_while_loading(listener):
+        api = build_api(source, settings)
     host, port = listener.getsockname()[:2]
     names = f"{', '.join(api.services)} {'is' if len(api.services) == 1 else 'are'} served"
     print(f"{names} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

@@ -74,7 +74,8 @@ class Service:
         name: of the model in the API.
         drawers: of the same model, one for each lane of the admission.
         queue_timeout: seconds that a request may wait for its turn.
-        max_pixels: of all images that a request draws; None is `MAX_SQUARES` times the model's square.
+        max_pixels: of all images that a request draws, or gives to a pass of the upsampler; None is `MAX_SQUARES` times
+            the model's square.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Service:
 
     @property
     def max_pixels(self) -> int:
-        """The most pixels of all images that a request draws, before they are enlarged."""
+        """The most pixels of all images that a request draws, or gives to a pass of the upsampler."""
         square = self.facts.image_size**2
         return MAX_SQUARES * square if self.given_max_pixels is None else self.given_max_pixels
 
@@ -134,15 +135,22 @@ class Service:
 
     def check_now(self, request: DrawRequest) -> CheckedRequest:
         """Return what a drawer says of a request, and the unknown words of its texts, which are sought here alone."""
-        if (pixels := request.count_drawn_pixels(self.facts)) > self.max_pixels:
-            what = f"{request.find_size_setting()} asks for {pixels:,} pixels in all"
-            raise InputError(f"{what}; this server draws at most {self.max_pixels:,} for a request")
+        self.check_pixels(request)
         checked, known = self.ask_drawers(request), self.facts.known_words
         found = [] if known is None else known.find_unknown_words(*request.list_texts())
         unknown = [word for word in found if not word.is_keyword]
         if unknown and (request.strict or self.facts.is_strict):
             raise InputError(f"prompt has unknown words: {'. '.join(map(str, unknown))}")
         return replace(checked, unknown_words=found)
+
+    def check_pixels(self, request: DrawRequest) -> None:
+        """Raise InputError for a request that draws, or enlarges in a pass, more pixels than it may."""
+        drawn, enlarged = request.count_drawn_pixels(self.facts), request.count_enlarged_pixels(self.facts)
+        limit = f"this server takes at most {self.max_pixels:,} of a request"
+        if drawn > self.max_pixels:
+            raise InputError(f"{request.find_size_setting()} asks for {drawn:,} pixels in all; {limit}")
+        if enlarged > self.max_pixels:
+            raise InputError(f"upsample asks for a last pass over {enlarged:,} pixels in all; {limit}")
 
     def ask_drawers(self, request: DrawRequest) -> CheckedRequest:
         """Return what the first drawer that answers says of a request."""

@@ -22,8 +22,7 @@ from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.admission import count_spare_images
 from t2i.pipelines.serving.draw_request import DrawRequest
 from t2i.pipelines.serving.drawing import Drawer, load_drawer
-from t2i.pipelines.serving.engine import Cancelled
-from t2i.pipelines.serving.messages import decode_message, encode_message
+from t2i.pipelines.serving.messages import EXPECTED_ERRORS, decode_message, encode_message, pack_error
 
 from t2i.errors import InputError
 from t2i.runtime.memory import return_large_memory
@@ -142,10 +141,10 @@ class Worker:
         try:
             message: tuple[str, dict[str, Any]] = "done", run()
         except BaseException as error:
-            kind = next((kind.__name__ for kind in (InputError, Cancelled) if isinstance(error, kind)), "")
-            if not kind:
+            packed = pack_error(error)
+            if packed["error"] not in EXPECTED_ERRORS:
                 logger.error("drawing failed in process %d", os.getpid(), exc_info=error)
-            message = "failed", {"error": kind, "message": str(error) if kind else repr(error)}
+            message = "failed", packed
         self.requests.pop(number, None)
         with suppress(OSError):  # the server is gone
             self.send(message[0], number=number, **message[1])

@@ -13,8 +13,8 @@ from typing import Any
 from t2i.pipelines.jobs.planning import ModelSource
 from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost, Watch
-from t2i.pipelines.serving.engine import MAX_SILENCE_SECONDS, Cancelled, EngineCounts
-from t2i.pipelines.serving.messages import decode_message, encode_message
+from t2i.pipelines.serving.engine import MAX_SILENCE_SECONDS, EngineCounts
+from t2i.pipelines.serving.messages import decode_message, encode_message, unpack_error
 from t2i.pipelines.serving.worker import run_worker
 
 from t2i.errors import InputError
@@ -27,7 +27,6 @@ FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, LONG_LIFE_SECONDS = 1.0, 60.0, 120.0
 TICK_SECONDS = 0.5
 CHECK_SECONDS = 10.0  # that a worker may take for a check, which takes it milliseconds
 SILENT = "the model does not answer; try again later"
-ERRORS: dict[str, type[Exception]] = {"InputError": InputError, "Cancelled": Cancelled}
 
 
 class RemoteDrawer:
@@ -107,7 +106,7 @@ class RemoteDrawer:
         with self.lock:
             link = self.link
             if link is None:
-                raise EngineLost("the model is loaded again; try again later")
+                raise EngineLost("the model is being loaded again; try again later")
             # Nobody has to wait to learn what is known already
             if seconds is not None and time.monotonic() - link.last_message > seconds:
                 raise EngineLost(SILENT)
@@ -122,7 +121,7 @@ class RemoteDrawer:
                 if kind == "done":
                     return {name: value for name, value in data.items() if name != "number"}
                 if kind == "failed":
-                    raise ERRORS.get(data["error"], RuntimeError)(data["message"])
+                    raise unpack_error(data)
                 if kind == "lost":
                     raise EngineLost("the engine stopped while it drew; try again")
                 if kind == "step" and watch is not None:

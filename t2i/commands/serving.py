@@ -18,14 +18,14 @@ app = typer.Typer()
 
 MODEL_HELP = "Model folder, or repository on the hub. Repeatable as NAME=FOLDER, which serves several models."
 DEVICE_HELP = "Device to run on: auto, cpu, cuda or mps. Several, such as cuda:0,cuda:1, share the requests."
-UPSAMPLER_DEFAULT = "the model's; the shipped one has models/emoji-upsampler"
-WORKERS_HELP = "Processes that load each model on each device. Two in all, or more, are started again when they die."
+UPSAMPLER_DEFAULT = "the model's; the shipped model uses models/emoji-upsampler"
+WORKERS_HELP = "Processes that load each model on each device. With two or more in total, one that dies is restarted."
 
 KEYS_HELP = (
     "File of the keys that clients send (Authorization: Bearer KEY): a line `NAME: KEY`, or a key alone, of at least "
     "16 characters. Names are for the log and for turns in the queue. Its group may read the file; others must not."
 )
-MAX_PIXELS_HELP = "Pixels of all images that a request draws, before they are enlarged. Others wait for its steps."
+MAX_PIXELS_HELP = "Most pixels of all images that a request draws, or gives to a pass of the upsampler."
 ALIAS_HELP = "Another name of the first model, such as dall-e-2, or ALIAS=NAME. Repeatable."
 CORS_HELP = "Origin of another site whose pages may use the server, such as https://example.org. Repeatable."
 
@@ -73,11 +73,11 @@ class ServerFlags:
     host: Annotated[str, option("Address to listen on. Others than this machine's own need --keys.")] = "127.0.0.1"
     port: Annotated[int, option("Port to listen on. 0 takes a free one.")] = 8000
     max_batch: Annotated[
-        int, option("Images that are drawn at the same time; a quarter more for keys that draw nothing.")
+        int, option("Images that are drawn at the same time. A client with no running request may use a quarter more.")
     ] = 8
     max_queue: Annotated[int, option("Images that wait for their turn. Beyond them, requests are refused.")] = 64
     queue_timeout: Annotated[float, option("Seconds that a request waits for its turn.")] = 300
-    drain: Annotated[float, option("Seconds that requests have to end when the server is told to stop.")] = 30
+    drain: Annotated[float, option("Seconds that requests have to finish after a stop signal.")] = 30
     name: Annotated[str | None, option("Name of the model in the API.", "that of its folder")] = None
     aliases: Annotated[list[str] | None, option(ALIAS_HELP, None, "--alias")] = None
     workers: Annotated[int, option(WORKERS_HELP)] = 1
@@ -125,9 +125,9 @@ def serve(source: ServedModelFlags, server: ServerFlags) -> None:
     Requests that come at the same time are drawn together. An image is the one that `t2i generate` draws with the same
     seed and settings.
 
-    /health, /ready and /metrics (for Prometheus) answer without a key: they hold counts, and neither prompts nor
-    names. Links to images, which cannot be guessed, do so too. A first SIGTERM or Ctrl-C lets requests end, a second
-    one stops them.
+    /health, /ready and /metrics (for Prometheus) answer without a key: they hold counts and the names of models, and
+    neither prompts nor names of clients. Links to images, which cannot be guessed, do so too. A first SIGTERM or Ctrl-C
+    lets requests finish, a second one stops them.
     """
     check_packages()
     from t2i.pipelines.serving.server import serve as run_server

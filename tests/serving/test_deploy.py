@@ -97,6 +97,13 @@ def test_requests_have_their_time_to_end_before_a_container_is_killed():
     assert find_step("STOPSIGNAL").value == "SIGTERM"
 
 
+def test_a_container_computes_with_the_cores_that_it_has():
+    limits = COMPOSE["services"]["t2i"]["deploy"]["resources"]["limits"]
+    assert COMPOSE["services"]["t2i"]["environment"]["OMP_NUM_THREADS"] == limits["cpus"]
+    [threads] = [variable for variable in CONTAINER["env"] if variable["name"] == "OMP_NUM_THREADS"]
+    assert threads["valueFrom"]["resourceFieldRef"]["resource"] == "requests.cpu"
+
+
 def test_keys_are_where_the_server_reads_them_and_closed_to_others(tmp_path):
     [volume] = [volume for volume in POD["spec"]["volumes"] if volume["name"] == "keys"]
     [mount] = [mount for mount in CONTAINER["volumeMounts"] if mount["name"] == "keys"]

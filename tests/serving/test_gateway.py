@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import anyio
 import httpx2
@@ -118,6 +119,22 @@ def test_the_model_needs_a_key_and_links_and_health_do_not():
     assert BOB not in json.dumps(lines)
 
 
+@pytest.mark.parametrize("prefix", ["", "/t2i"])
+def test_the_model_needs_a_key_behind_a_prefix_too(prefix):
+    app = build_paint_api(access=Access(keys=Keys({"bob": BOB}))).build_app()
+
+    async def ask(path: str, **headers: str) -> int:
+        transport = httpx2.ASGITransport(app, root_path=prefix)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.get(f"{prefix}{path}", headers=headers)).status_code
+
+    with catch_log() as lines:
+        assert anyio.run(ask, "/v1/models") == 401
+        assert anyio.run(partial(ask, "/v1/models", authorization=f"Bearer {BOB}")) == 200
+        assert anyio.run(ask, "/ready") == 200
+    assert [line["route"] for line in lines] == ["/v1/models", "/v1/models", "/ready"]
+
+
 def test_a_key_that_asks_for_much_does_not_keep_others_waiting():
     access = Access(keys=Keys({"ann": ANN, "bob": BOB}))
     drawer = GatedDrawer()
@@ -164,7 +181,7 @@ def test_pages_of_other_sites_are_refused(guarded, headers, code):
 @pytest.fixture(scope="module")
 def guarded():
     """The port of a server behind a proxy, which lets pages of one other site in."""
-    access = Access.build("127.0.0.1", None, "https://images.example.org/t2i/", ("https://Friend.example",))
+    access = Access.build("127.0.0.1", None, "https://Images.example.org/t2i/", ("https://Friend.example",))
     with run_server(build_paint_api(access=access)) as server:
         yield server.port
 
@@ -180,7 +197,7 @@ def test_browsers_ask_before_and_probes_come_under_any_name(guarded):
 
 def test_links_have_the_public_address(guarded):
     link = draw(guarded, response_format="url").json()["data"][0]["url"]
-    assert link.startswith("https://images.example.org/t2i/v1/images/")
+    assert link.lower().startswith("https://images.example.org/t2i/v1/images/")
 
 
 # The log, ids and metrics

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.serving.gateway.loading import answer_while_loading
 from t2i.pipelines.serving.server import ServerSettings, build_api, open_socket, serve
 
 from t2i.commands.serving import ServedModelFlags, ServerFlags
@@ -24,6 +25,28 @@ def test_an_address_in_use_is_refused_in_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened on: .*choose another --port"):
             open_socket("127.0.0.1", port)
+
+
+def test_a_host_that_is_no_name_is_refused_in_one_line():
+    with pytest.raises(InputError, match="cannot be listened on"):
+        open_socket("ä..b", 0)
+
+
+def test_a_server_says_while_it_loads_that_it_does():
+    with open_socket("127.0.0.1", 0) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with answer_while_loading(listener), socket.create_connection(listener.getsockname()):
+            # The one above sends nothing, and holds the others up for a second at most
+            for answer in (
+                httpx2.get(f"{address}/ready"),
+                httpx2.post(f"{address}/v1/images/edits", content=b"x" * 10**6),
+            ):
+                assert answer.status_code == 503 and answer.json()["error"]["code"] == "loading"
+                assert int(answer.headers["retry-after"]) > 0
+        # Afterwards the socket is the server's
+        assert listener.gettimeout() is None
+        with socket.create_connection(listener.getsockname()), listener.accept()[0]:
+            pass
 
 
 def test_of_two_servers_that_load_their_models_the_second_is_refused():

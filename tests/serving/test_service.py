@@ -18,6 +18,8 @@ from t2i.pipelines.serving.events import Event
 from t2i.pipelines.serving.pace import Forecast, Pace
 from t2i.pipelines.serving.service import Job, Service
 
+from t2i.errors import InputError
+
 
 class WaitingDrawer:
     """A drawer whose requests end when `released` is set, and with Cancelled when they are cancelled."""
@@ -181,6 +183,29 @@ def test_pixels_count_sizes_margins_and_passes_of_the_upsampler():
     assert ask(0, 2, width=32, height=16, upsample=1).count_pixels(facts) == 2 * 32 * 16 * 16
     assert DrawRequest("variation", {}, 0, inputs=[image]).count_pixels(facts) == 64 * 64
     assert DrawRequest("outpaint", {"left": 10, "top": 6}, 0, inputs=[image]).count_pixels(facts) == 110 * 56
+
+
+def test_a_request_draws_and_enlarges_no_more_pixels_than_the_service_allows():
+    drawer, large = WaitingDrawer(), Image.new("RGB", (1024, 256))
+    drawer.released.set()
+
+    async def work(service: Service) -> None:
+        assert service.max_pixels == 512 * 512
+        for allowed in (ask(0, 64), ask(0, upsample=2), DrawRequest("upsample", {"upsample": 1}, 0, inputs=[large])):
+            await service.check(allowed)
+        for refused, name in (
+            (ask(0, 65), "n asks for 266,240"),
+            (ask(0, width=1024, height=512), "width asks for 524,288"),
+            (ask(0, upsample=3), "upsample asks for a last pass over 1,048,576"),
+            (
+                DrawRequest("upsample", {"upsample": 2}, 0, inputs=[large]),
+                "upsample asks for a last pass over 4,194,304",
+            ),
+        ):
+            with pytest.raises(InputError, match=f"^{name} pixels in all; this server takes at most 262,144"):
+                await service.check(refused)
+
+    run_service(work, [drawer])
 
 
 def test_memory_is_counted_alike_inside_an_engine(pipeline):

@@ -13,15 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from t2i.pipelines.jobs.planning import ModelSource
+from t2i.pipelines.memory_needed import BatchTooLargeError
 from t2i.pipelines.serving import worker as worker_module
 from t2i.pipelines.serving import workers as workers_module
 from t2i.pipelines.serving.admission import Admission
+from t2i.pipelines.serving.api.responses import explain_failure
 from t2i.pipelines.serving.draw_request import DrawRequest, ModelFacts
 from t2i.pipelines.serving.drawing import CheckedRequest, DrawnImage, EngineLost
 from t2i.pipelines.serving.engine import Cancelled, EngineCounts
-from t2i.pipelines.serving.messages import decode_message, encode_message
+from t2i.pipelines.serving.messages import decode_message, encode_message, pack_error, unpack_error
 from t2i.pipelines.serving.server import ServerSettings, find_aliases
 from t2i.pipelines.serving.worker import Worker
 from t2i.pipelines.serving.workers import RemoteDrawer
@@ -217,6 +220,24 @@ def test_errors_of_a_worker_keep_their_kind(drawer):
         drawer.draw(ask("wrong"))
     with pytest.raises(RuntimeError, match="ZeroDivisionError.*by zero"):
         drawer.draw(ask("crash"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BatchTooLargeError("a batch of 9 does not fit", 3),
+        BatchTooLargeError("a batch of 1 does not fit", 0),
+        InputError("steps must be an integer"),
+        Cancelled("cancelled"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        MemoryError(),
+        ValueError("bad rows"),
+    ],
+)
+def test_clients_get_the_same_error_from_a_worker(error):
+    here, there = explain_failure(error), explain_failure(unpack_error(pack_error(error)))
+    assert (there.status, there.code, there.param) == (here.status, here.code, here.param)
+    assert there.message == here.message or here.status == 500  # which has a number of its own
 
 
 def test_a_cancelled_request_ends_in_the_worker(drawer):

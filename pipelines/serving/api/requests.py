@@ -100,8 +100,11 @@ def choose_task(route: str, values: dict[str, Any], images: int, has_mask: bool)
     tasks = list(dict.fromkeys(asked.values()))
     if len(tasks) > 1:
         first, second = (next(name for name in asked if asked[name] == task) for task in tasks[:2])
-        also = " of several, which are mixed," if "image" in (first, second) else ""
-        raise build_field_error(second, f"{second}{also} does not go with {first}; leave one of them out")
+        if "image" in (first, second):
+            other = first if second == "image" else second
+            what = f"several images, which are mixed, do not go with {other}"
+            raise build_field_error(second, f"{what}; send one image, or leave {other} out")
+        raise build_field_error(second, f"{second} does not go with {first}; leave one of them out")
     if tasks:
         return tasks[0]
     if route == "generations":

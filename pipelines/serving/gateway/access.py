@@ -119,14 +119,16 @@ class Access:
         hosts = None
         if is_loopback(host):
             own = f"[{host}]" if ":" in host else host
-            hosts = LOOPBACK_NAMES | {own} | ({split_host(urlsplit(public_url).netloc)} if public_url else set())
+            hosts = (
+                LOOPBACK_NAMES | {own} | ({split_host(urlsplit(public_url).netloc).lower()} if public_url else set())
+            )
         return cls(read_keys(keys) if keys is not None else None, hosts, public_url, cors)
 
     def check_host(self, headers: Headers) -> None:
         """Refuse a request for another host than this one. Raises ApiError."""
         host = headers.get("host", "")
         if self.hosts is not None and split_host(host.lower()) not in self.hosts:
-            what = f"there is no host {host[:100]!r} here; --public-url makes it known"
+            what = f"host {host[:100]!r} is not allowed; start the server with --public-url to allow it"
             raise ApiError(403, "unknown_host", what)
 
     def check_origin(self, headers: Headers) -> None:

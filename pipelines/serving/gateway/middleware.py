@@ -72,7 +72,8 @@ class Exchange:
         self.gateway, self.scope, self.inner_receive, self.inner_send = gateway, scope, receive, send
         self.headers = Headers(scope=scope)
         request_id = choose_request_id(self.headers.get("x-request-id"))
-        self.entry = LogEntry(request_id, scope["method"], name_route(scope["path"]))
+        self.path = find_route_path(scope)
+        self.entry = LogEntry(request_id, scope["method"], name_route(self.path))
         # The routes add what they know
         scope.setdefault("state", {})["entry"] = self.entry
         self.body_until = time.monotonic() + gateway.limits.body_seconds
@@ -99,7 +100,7 @@ class Exchange:
 
     def check(self) -> Response | None:
         """Refuse what is not allowed, before a byte of the body is read; return an answer that needs no route."""
-        access, limits, path, method = self.gateway.access, self.gateway.limits, self.scope["path"], self.entry.method
+        access, limits, path, method = self.gateway.access, self.gateway.limits, self.path, self.entry.method
         if path not in OPEN_TO_ANY_HOST:
             access.check_host(self.headers)
         access.check_origin(self.headers)
@@ -177,6 +178,12 @@ class Exchange:
         elif not message.get("more_body", False):
             self.has_ended = True
         await self.inner_send(message)
+
+
+def find_route_path(scope: Scope) -> str:
+    """Return the path of a request as Starlette's routes see it: without the prefix of a server in front."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
 
 
 def needs_key(path: str, method: str) -> bool:

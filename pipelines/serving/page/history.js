@@ -207,9 +207,17 @@ export function chooseOldest(found, { count, bytes }) {
 
 /** Drop the oldest of some images. Returns how many went. */
 async function dropOldest(found, bounds) {
-  const chosen = chooseOldest(found, bounds);
+  let chosen = chooseOldest(found, bounds);
+  while (await noteStars(chosen)) chosen = chooseOldest(found, bounds);
   if (chosen.length) await removeItems(chosen.map((item) => item.id));
   return chosen.length;
+}
+
+/** Give items the stars that another tab gave them since they were read. Returns whether one of them has a star. */
+async function noteStars(chosen) {
+  const kept = database ? await Promise.all(chosen.map(({ id }) => finish(store("items").get(id)))) : [];
+  chosen.forEach((item, index) => (item.starred ||= kept[index]?.starred ?? false));
+  return chosen.some((item) => item.starred);
 }
 
 /** Drop the oldest until a share of the bytes is left; what is just being kept stays. Returns how many went. */

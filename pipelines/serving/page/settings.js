@@ -22,7 +22,7 @@ const SLIDERS = {
 const ROUTE_LETTERS = { generations: "g", edits: "e", variations: "v" };
 // Settings of a route that some of its tasks have no use for, and the server refuses
 const IDLE = { change: ["negative_prompt"], mix: ["negative_prompt"] };
-const OTHERS = { sampler: "gv", negative_prompt: "gev", size: "g", seed: "" };
+const OTHERS = { sampler: "gv", prior_sampler: "ge", negative_prompt: "gev", size: "g", seed: "" };
 
 // Names of records in PNG files, which are those of the pipelines, by the API's names
 const RECORD_NAMES = {
@@ -30,7 +30,7 @@ const RECORD_NAMES = {
   prior_num_inference_steps: "prior_steps",
   prior_candidates: "candidates",
 };
-const SENT_BACK = new Set([...Object.keys(SLIDERS), ...Object.keys(OTHERS), "prior_sampler", "strength", "source", "target", "direction", "theta", "upsample"]);
+const SENT_BACK = new Set([...Object.keys(SLIDERS), ...Object.keys(OTHERS), "strength", "source", "target", "direction", "theta", "upsample"]);
 
 /** Return the fields of the API that a record names, with its seed; what only describes the image is left out. */
 export function readFields(record) {
@@ -42,6 +42,7 @@ export function readFields(record) {
     const plain = typeof value === "object" ? value.scale : value;
     if (["number", "string"].includes(typeof plain)) fields[field] = plain;
   }
+  if (record?.width && record.height) fields.size = `${record.width}x${record.height}`;
   return fields;
 }
 
@@ -137,7 +138,7 @@ export class Settings {
         this.buildNegative(),
         this.buildChoices("sampler", "Sampler", this.model.samplers),
         this.buildChoices("size", "Image size", listSizes(this.model)),
-        prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name))) : null,
+        prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name)), this.buildChoices("prior_sampler", "Sampler of the meaning", this.model.samplers)) : null,
         h("p", { class: "hint", id: "history-size" }),
       ),
       h("div", { class: "drawer-foot" }, this.resetButton),
@@ -191,7 +192,10 @@ export class Settings {
     if (!choices?.length || choices.length < 2 || !this.takes(name)) return null;
     const id = newId(name);
     const standard = this.defaults[name];
-    const options = choices.map((choice) => h("option", { value: choice, selected: choice === (this.values[name] ?? standard) }, choice));
+    const chosen = this.values[name] ?? standard;
+    // An image that another program drew may have a size of its own
+    const all = name in this.values && !choices.includes(chosen) ? [...choices, chosen] : choices;
+    const options = all.map((choice) => h("option", { value: choice, selected: choice === chosen }, choice));
     if (!choices.includes(standard)) options.unshift(h("option", { value: "", selected: !this.values[name] }, "The model's own"));
     const select = h("select", { id, onchange: () => this.change(name, select.value) }, options);
     return h("div", { class: "field" }, h("label", { for: id }, label), select);

@@ -55,7 +55,10 @@ export function writeCurl(request, base, model, isLocked = false) {
       values.forEach((text) => parts.push(`--form-string ${quoteShell(text)}`));
     }
   }
-  return `${parts.join(" \\\n  ")} \\\n  | jq -r '.data[0].b64_json' | base64 -d > image.png`;
+  // One image a line, with the names that the Python has
+  const save = 'echo "$image" | base64 -d > "image-$number.png"; number=$((number + 1))';
+  parts.push("| jq -r '.data[].b64_json'", `| { number=0; while read -r image; do ${save}; done; }`);
+  return parts.join(" \\\n  ");
 }
 
 function listFields({ fields }) {

@@ -85,7 +85,14 @@ def test_one_drawing_or_all_are_cancelled(visit):
 
 
 def test_a_dropped_image_brings_its_settings_back(visit, tmp_path):
-    visit.open(steps=3, prior_steps=2, negative_prompt="a dog", seed=41)
+    chosen = {
+        "steps": 3,
+        "prior_steps": 2,
+        "negative_prompt": "a dog",
+        "size": "64x128",
+        "prior_sampler": "dpmsolver++",
+    }
+    visit.open(**chosen, seed=41)
     visit.draw("a cat")
     with visit.page.expect_download() as download:
         visit.pictures.nth(1).locator(".picture-open").focus()
@@ -115,11 +122,7 @@ def test_a_dropped_image_brings_its_settings_back(visit, tmp_path):
     visit.page.locator("#toast", has_text="Its words, settings and seed are set").wait_for()
     assert visit.page.get_by_label("Prompt", exact=True).input_value() == "a cat"
     kept = json.loads(visit.page.evaluate("localStorage.getItem('t2i.settings')"))
-    assert {name: kept[name] for name in ("seed", "steps", "negative_prompt")} == {
-        "seed": 42,
-        "steps": 3,
-        "negative_prompt": "a dog",
-    }
+    assert {name: kept[name] for name in ("seed", *chosen)} == {"seed": 42, **chosen}
     # The same words and seed draw the same image
     visit.page.keyboard.press("s")
     visit.page.get_by_label("Images at once").fill("1")

@@ -90,6 +90,16 @@ test("a full browser drops old images and keeps the new ones; where only stars a
   assert.deepEqual([database.items.size, database.cards.size], [0, 0]);
 });
 
+test("a star of another tab keeps an image", async () => {
+  const first = await draw(2, 40);
+  const { id } = first.items[0];
+  database.items.get(id).starred = true;
+  const second = await draw(1, 30);
+  assert.equal(second.isKept, true);
+  assert.deepEqual(sortKept(), list({ items: first.items.slice(0, 1) }, second));
+  await history.removeItems([...list(first), ...list(second)]);
+});
+
 test("what was removed comes back to its place, with its star", async () => {
   const { card, items } = await draw(4, 1);
   const ids = [...card.items];
