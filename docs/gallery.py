@@ -185,15 +185,14 @@ def draw_styles(gallery: Gallery) -> Image.Image:
     styled = Gallery(gallery.data, pipeline, gallery.seed)
     rows: Rows = {style: [*styled.draw([name + suffix for name in STYLED])] for style, suffix in SUFFIXES.items()}
     pictures = gallery.emoji(*STYLED.values())
-    captions = [f"{name}, 3D" for name in STYLED]
     rows["image"] = [*pictures]
-    noise = {"generator": gallery.generators(len(STYLED))}
-    rows["to 3D"] = TextDiffPipeline.from_pipe(pipeline)(
-        pictures, source=[*STYLED], target=captions, direction="prior", theta=1.0, **noise
-    ).images
-    rows["variation read as 3D"] = ImageVariationPipeline.from_pipe(pipeline)(pictures, prompt=captions, **noise).images
+    edit = TextDiffPipeline.from_pipe(pipeline)
+    for style in ("3D", "outline"):
+        target = [f"{name}, {style}" for name in STYLED]
+        way = {"direction": "prior", "theta": 1.0, "generator": gallery.generators(len(STYLED))}
+        rows[f"to {style}"] = edit(pictures, source=[*STYLED], target=target, **way).images
     between = InterpolationPipeline.from_pipe(pipeline)
-    ends = zip(pictures, gallery.emoji(*(f"3D-{code}" for code in STYLED.values())))
+    ends = zip(pictures, gallery.emoji(*(f"3d-{code}" for code in STYLED.values())))
     # The middle of three frames from one style to the other
     rows["halfway to real 3D"] = [
         between([*pair], frames=3, generator=generator).images[1]

@@ -138,7 +138,7 @@ export class Settings {
         this.buildNegative(),
         this.buildChoices("sampler", "Sampler", this.model.samplers),
         this.buildChoices("size", "Image size", listSizes(this.model)),
-        prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name)), this.buildChoices("prior_sampler", "Sampler of the meaning", this.model.samplers)) : null,
+        prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name)), this.buildChoices("prior_sampler", "Sampler", this.model.samplers)) : null,
         h("p", { class: "hint", id: "history-size" }),
       ),
       h("div", { class: "drawer-foot" }, this.resetButton),
