@@ -6,7 +6,7 @@
 # make docs build the site of the documents in build/site, offline; a broken link stops it
 # make emoji  train the shipped model anew, all stages, as a run that resumes: seven hours of a core
 # make emoji-styles train the shipped model of six styles from models/emoji, as a run that resumes
-# make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji)
+# make gallery draw every image of docs/gallery.md (five minutes; needs data/emoji and data/emoji-styles)
 # make bench every benchmark of speed, side by side with its peers: a table each, and benchmarks/results
 # make soak   tests of `t2i serve` under load, an hour: a table of what was wanted and measured
 # make test-deploy Ray Serve with two replicas, and the Dockerfile's steps in a bare root: ten minutes; not in .ci/run

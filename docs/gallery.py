@@ -182,7 +182,7 @@ def draw_styles(gallery: Gallery) -> Image.Image:
     """Draw captions in each style, and images of one style in others, with the model of six styles."""
     pipeline = Text2ImagePipeline.from_pretrained(MODELS / "emoji-styles")
     pipeline.set_progress_bar_config(disable=True)
-    styled = Gallery(gallery.data, pipeline, gallery.seed)
+    styled = Gallery(gallery.data.with_name("emoji-styles"), pipeline, gallery.seed)
     rows: Rows = {style: [*styled.draw([name + suffix for name in STYLED])] for style, suffix in SUFFIXES.items()}
     pictures = gallery.emoji(*STYLED.values())
     rows["image"] = [*pictures]
@@ -192,7 +192,7 @@ def draw_styles(gallery: Gallery) -> Image.Image:
         way = {"direction": "prior", "theta": 1.0, "generator": gallery.generators(len(STYLED))}
         rows[f"to {style}"] = edit(pictures, source=[*STYLED], target=target, **way).images
     between = InterpolationPipeline.from_pipe(pipeline)
-    ends = zip(pictures, gallery.emoji(*(f"3d-{code}" for code in STYLED.values())))
+    ends = zip(pictures, styled.emoji(*(f"3d-{code}" for code in STYLED.values())))
     # The middle of three frames from one style to the other
     rows["halfway to real 3D"] = [
         between([*pair], frames=3, generator=generator).images[1]

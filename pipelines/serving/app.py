@@ -136,6 +136,7 @@ class ImagesApi:
             "size_multiple": facts.size_multiple,
             "defaults": facts.defaults,
             "samplers": list(SAMPLERS),
+            "prior_samplers": list(SAMPLERS) if facts.prior_has_steps else [],
             "max_n": self.max_count,
             "max_pixels": service.max_pixels,
             # By which factor a pass enlarges; 0 without an upsampler

@@ -29,6 +29,7 @@ class ModelFacts:
         reads_texts: whether it draws for texts.
         known_words: of the captions that it was trained on; None if they are not known. is_strict: it refuses others.
         defaults: of fields of the API.
+        prior_has_steps: whether its prior takes steps with a sampler.
     """
 
     image_size: int
@@ -39,6 +40,7 @@ class ModelFacts:
     known_words: KnownWords | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     is_strict: bool = False
+    prior_has_steps: bool = False
 
     @classmethod
     def find(cls, pipeline: Any, processes: int) -> Self:
@@ -61,6 +63,7 @@ class ModelFacts:
             pipeline.clip.tokenizer.known_words if reads_texts else None,
             defaults,
             pipeline.refuses_unknown_words,
+            pipeline.prior is not None and pipeline.prior.needs_scheduler,
         )
 
     def pack(self) -> dict[str, Any]:

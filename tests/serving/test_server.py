@@ -5,6 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,8 +39,11 @@ def test_a_host_that_is_no_name_is_refused_in_one_line():
 def test_a_server_says_while_it_loads_that_it_does():
     with open_socket("127.0.0.1", 0) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with answer_while_loading(listener), socket.create_connection(listener.getsockname()):
-            # The one above sends nothing, and holds the others up for a second at most
+        with answer_while_loading(listener), ExitStack() as silent:
+            for _ in range(8):
+                silent.enter_context(socket.create_connection(listener.getsockname()))
+            start = time.monotonic()
+            assert httpx2.get(f"{address}/health").status_code == 503 and time.monotonic() - start < 1
             for answer in (
                 httpx2.get(f"{address}/ready"),
                 httpx2.post(f"{address}/v1/images/edits", content=b"x" * 10**6),
@@ -47,6 +54,26 @@ def test_a_server_says_while_it_loads_that_it_does():
         assert listener.gettimeout() is None
         with socket.create_connection(listener.getsockname()), listener.accept()[0]:
             pass
+
+
+def test_the_command_answers_while_its_model_loads(pipeline_folder, monkeypatch):
+    listener, loading, asked = open_socket("127.0.0.1", 0), threading.Event(), threading.Event()
+
+    def build_slowly(*arguments):
+        loading.set()
+        assert asked.wait(30)
+        raise InputError("it cannot be loaded after all")
+
+    monkeypatch.setattr("t2i.pipelines.serving.server.open_socket", lambda *_: listener)
+    monkeypatch.setattr("t2i.pipelines.serving.server.build_api", build_slowly)
+    with listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve, ModelSource(str(pipeline_folder)), ServerSettings())
+        assert loading.wait(30)
+        answer = httpx2.get(f"http://127.0.0.1:{listener.getsockname()[1]}/ready")
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "loading"
+        asked.set()
+        with pytest.raises(InputError, match="after all"):
+            served.result(30)
 
 
 def test_of_two_servers_that_load_their_models_the_second_is_refused():

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from t2i.pipelines.serving.api.errors import ApiError
 
 POLL_SECONDS = 0.1  # after which the end is noticed
-CLIENT_SECONDS = 1.0  # that a client may take; others wait
+CLIENT_SECONDS = 1.0  # that a client may take
+MAX_CLIENTS = 64  # at a time
 HEAD_BYTES = 65_536
 RETRY_SECONDS = 5
 
@@ -32,22 +33,33 @@ def answer_while_loading(listener: socket.socket) -> Iterator[None]:
 
 
 def answer_until(listener: socket.socket, loaded: threading.Event) -> None:
-    """Answer requests, one after the other, until the event."""
-    answer = build_answer()
+    """Answer requests until the event. One that is slow holds up no other."""
+    places = threading.BoundedSemaphore(MAX_CLIENTS)
     while not loaded.is_set():
+        if not places.acquire(timeout=POLL_SECONDS):
+            continue
         try:
             client, _ = listener.accept()
         except OSError:  # nobody came
+            places.release()
             continue
+        threading.Thread(target=answer_client, args=(client, places), daemon=True).start()
+
+
+def answer_client(client: socket.socket, places: threading.BoundedSemaphore) -> None:
+    """Answer one request, and close its connection."""
+    try:
         with suppress(OSError), client:  # the client is gone, or slow
             until = time.monotonic() + CLIENT_SECONDS
             client.settimeout(CLIENT_SECONDS)
             client.recv(HEAD_BYTES)
-            client.sendall(answer)
+            client.sendall(build_answer())
             client.shutdown(socket.SHUT_WR)
             # Closed with bytes unread, the connection would be reset, and the answer may be lost
             while time.monotonic() < until and client.recv(HEAD_BYTES):
                 pass
+    finally:
+        places.release()
 
 
 def build_answer() -> bytes:

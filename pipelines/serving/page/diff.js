@@ -6,7 +6,7 @@ import { spaceNumbers } from "./tools/blend.js";
 
 // By the direction of the change: how far to go, and the person's settings that it takes
 const WAYS = {
-  prior: { furthest: 1, hint: "At 0 the image comes back as it is. At 1 it has changed as much as the texts do.", settings: ["steps", "prior_steps", "prior_guidance_scale"] },
+  prior: { furthest: 1, hint: "At 0 the image comes back as it is. At 1 it has changed as much as the texts do.", settings: ["steps", "prior_steps", "prior_guidance_scale", "prior_sampler"] },
   // The paper goes to 0.25 to 0.5
   text: { furthest: 0.5, hint: "At 0 the image comes back as it is. At 1 nothing but the new direction is left.", settings: ["steps"] },
 };

@@ -128,7 +128,7 @@ function draw({ state, rows, count, app }) {
   const hasText = anchors.some((anchor) => anchor.text !== undefined);
   const parents = anchors.filter((anchor) => anchor.item).map((anchor) => anchor.item);
   // Images keep their own noise, which guidance would not give back
-  const taken = ["steps", ...(hasText ? ["prior_steps", "prior_guidance_scale"] : []), ...(parents.length ? [] : ["guidance_scale"])];
+  const taken = ["steps", ...(hasText ? ["prior_steps", "prior_guidance_scale", "prior_sampler"] : []), ...(parents.length ? [] : ["guidance_scale"])];
   const fields = { ...pick(app.settings("generations"), taken), seed: app.seed() };
   const title = describeMix(anchors);
   if (state.strip) {

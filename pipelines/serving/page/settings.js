@@ -68,6 +68,7 @@ export class Settings {
         name !== "n" &&
         (SLIDERS[name]?.routes ?? OTHERS[name]).includes(ROUTE_LETTERS[route]) &&
         (this.model.fields?.[route]?.includes(name) ?? true) &&
+        this.takes(name) &&
         !IDLE[tool]?.includes(name),
     );
     // A variation near the image inverts it, with nothing to guide it away from
@@ -138,7 +139,7 @@ export class Settings {
         this.buildNegative(),
         this.buildChoices("sampler", "Sampler", this.model.samplers),
         this.buildChoices("size", "Image size", listSizes(this.model)),
-        prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name)), this.buildChoices("prior_sampler", "Sampler", this.model.samplers)) : null,
+        prior.length ? h("details", { class: "more-settings" }, h("summary", {}, "From words to meaning"), prior.map(([name]) => this.buildSlider(name)), this.buildChoices("prior_sampler", "Sampler", this.model.prior_samplers)) : null,
         h("p", { class: "hint", id: "history-size" }),
       ),
       h("div", { class: "drawer-foot" }, this.resetButton),
@@ -148,7 +149,9 @@ export class Settings {
 
   /** Return whether the server takes a field; where it does not say, it does. */
   takes(name) {
-    const { fields } = this.model;
+    const { fields, prior_samplers } = this.model;
+    // Some priors have no steps
+    if (name === "prior_sampler" && !prior_samplers?.length) return false;
     return !fields || Object.values(fields).some((names) => names.includes(name));
   }
 

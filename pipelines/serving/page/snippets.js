@@ -32,7 +32,7 @@ export function writePython(request, base, model, isLocked = false) {
     ...lines,
     ")",
     "for number, image in enumerate(answer.data):",
-    '    with open(f"image-{number}.png", "wb") as file:',
+    '    with open(f"drawn-{number}.png", "wb") as file:',
     "        file.write(base64.b64decode(image.b64_json))",
   ].join("\n");
 }
@@ -55,8 +55,8 @@ export function writeCurl(request, base, model, isLocked = false) {
       values.forEach((text) => parts.push(`--form-string ${quoteShell(text)}`));
     }
   }
-  // One image a line, with the names that the Python has
-  const save = 'echo "$image" | base64 -d > "image-$number.png"; number=$((number + 1))';
+  // One image a line, under the names that the Python gives, which no given file has
+  const save = 'echo "$image" | base64 -d > "drawn-$number.png"; number=$((number + 1))';
   parts.push("| jq -r '.data[].b64_json'", `| { number=0; while read -r image; do ${save}; done; }`);
   return parts.join(" \\\n  ");
 }
