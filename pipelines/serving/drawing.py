@@ -178,6 +178,7 @@ def load_drawer(source: ModelSource, max_batch: int, processes: int = 1) -> Draw
     # A second pool of threads that compute would slow the engine's down: its threads sleep between two products
     torch.set_num_threads(1)
     engine = StepEngine(load_pipeline(source, Text2ImagePipeline), 4 * max_batch, cores)
-    # Rows of one image without and with guidance, and of a full batch with guidance
+    # Rows of one image without and with guidance, and of a full batch with guidance. Others take 5 to 20 ms more at
+    # first (models/emoji, a core of an AMD EPYC, 2026-12-03); to warm all would take a large model minutes.
     engine.warm_up(counts=(1, 2, 2 * max_batch))
     return Drawer(engine, source, processes)
