@@ -188,7 +188,7 @@ def draw_styles(gallery: Gallery) -> Image.Image:
     rows["image"] = [*pictures]
     edit = TextDiffPipeline.from_pipe(pipeline)
     for style in ("3D", "outline"):
-        target = [f"{name}, {style}" for name in STYLED]
+        target = [name + SUFFIXES[style] for name in STYLED]
         way = {"direction": "prior", "theta": 1.0, "generator": gallery.generators(len(STYLED))}
         rows[f"to {style}"] = edit(pictures, source=[*STYLED], target=target, **way).images
     between = InterpolationPipeline.from_pipe(pipeline)

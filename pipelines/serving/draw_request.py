@@ -157,8 +157,7 @@ class DrawRequest:
 
     def count_enlarged_pixels(self, facts: ModelFacts) -> int:
         """Return the pixels of all images that the last pass of the upsampler enlarges; 0 without one."""
-        passes = self.settings.get("upsample") or 0
-        return self.count_drawn_pixels(facts) * facts.upsampler_factor ** (2 * (passes - 1)) if passes else 0
+        return self.count_pixels(facts) // facts.upsampler_factor**2 if self.settings.get("upsample") else 0
 
     def find_size_setting(self) -> str:
         """Return the name of the setting by which images are large."""

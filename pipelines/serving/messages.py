@@ -12,7 +12,10 @@ from t2i.runtime.memory import is_out_of_memory
 
 IMAGE_KEY = "\0image"  # no field of a request has this name
 LENGTH_BYTES = 8
-EXPECTED_ERRORS = ("BatchTooLargeError", "InputError", "Cancelled", "MemoryError")
+# That a worker's drawing may end with, by name; a kind stands before those that it is one of
+EXPECTED_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (BatchTooLargeError, InputError, Cancelled, MemoryError)
+}
 
 
 def encode_message(kind: str, **data: Any) -> bytes:
@@ -49,21 +52,16 @@ def decode_message(message: bytes) -> tuple[str, dict[str, Any]]:
 
 def pack_error(error: BaseException) -> dict[str, Any]:
     """Return an error as data of a message."""
+    kind = next((kind for kind in EXPECTED_ERRORS.values() if isinstance(error, kind)), None)
     if isinstance(error, BatchTooLargeError):
-        return {"error": "BatchTooLargeError", "message": error.reason, "fitting_count": error.fitting_count}
-    if isinstance(error, InputError):
-        return {"error": "InputError", "message": str(error)}
-    if isinstance(error, Cancelled):
-        return {"error": "Cancelled", "message": str(error)}
-    if is_out_of_memory(error):
-        return {"error": "MemoryError", "message": str(error)}
-    return {"error": "", "message": repr(error)}
+        arguments: list[Any] = [error.reason, error.fitting_count]
+    elif kind is None and is_out_of_memory(error):  # devices have kinds of their own
+        kind, arguments = MemoryError, [str(error)]
+    else:
+        arguments = [repr(error) if kind is None else str(error)]
+    return {"error": "" if kind is None else kind.__name__, "arguments": arguments}
 
 
 def unpack_error(data: dict[str, Any]) -> Exception:
     """Return the error that `pack_error` packed; a RuntimeError for one that nobody expected."""
-    kind, message = data["error"], data["message"]
-    if kind == "BatchTooLargeError":
-        return BatchTooLargeError(message, data["fitting_count"])
-    kinds: dict[str, type[Exception]] = {"InputError": InputError, "Cancelled": Cancelled, "MemoryError": MemoryError}
-    return kinds.get(kind, RuntimeError)(message)
+    return EXPECTED_ERRORS.get(data["error"], RuntimeError)(*data["arguments"])

@@ -14,6 +14,7 @@ from t2i.pipelines import (
     Text2ImagePipeline,
     TextDiffPipeline,
 )
+from t2i.pipelines.serving.draw_request import ModelFacts
 from t2i.pipelines.serving.engine import Cancelled, StepEngine
 from t2i.pipelines.serving.rows import (
     GATHERING_SECONDS,
@@ -113,7 +114,9 @@ def test_priors_without_a_scheduler_draw_in_the_engine_what_they_draw_alone(pipe
     sizes |= {"components": 4} if kind is AutoregressivePrior else {}
     sizes |= {} if kind is RegressionPrior else {"context_length": clip.context_length}
     prior = kind(clip.embed_dim, clip.text_width, **sizes, clip_fingerprint=clip.identity).eval()
+    assert ModelFacts.find(pipeline, 1).prior_has_steps
     pipeline.register_modules(prior=prior, prior_scheduler=None)
+    assert not ModelFacts.find(pipeline, 1).prior_has_steps  # so that the page offers no sampler
     draws = [draw_text("a red circle", 0), draw_text("two", 1, num_images_per_prompt=2, prior_guidance_scale=1.0)]
     alone = [draw(pipeline) for draw in draws]
     with StepEngine(pipeline) as engine:

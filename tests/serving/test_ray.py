@@ -6,16 +6,19 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 from PIL import Image
+from prometheus_client.core import GaugeMetricFamily
 from t2i.pipelines import Text2ImagePipeline
-from t2i.pipelines.serving.ray_app import RaySettings, read_arguments
+from t2i.pipelines.serving.ray_app import RaySettings, read_arguments, report_metrics
 from torch import Generator
 
 from t2i.errors import InputError
@@ -71,6 +74,31 @@ def test_one_text_is_a_list_of_one(name, text):
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         read_arguments(arguments)
+
+
+def test_a_report_of_metrics_that_fails_is_not_the_last(monkeypatch, caplog):
+    reported, closed = [], threading.Event()
+
+    class Registry:
+        """Metrics that cannot be read at first."""
+
+        reads = 0
+
+        def collect(self):
+            self.reads += 1
+            if self.reads == 1:
+                raise RuntimeError("changed during iteration")
+            closed.set()
+            return [GaugeMetricFamily("t2i_queue_pictures", "Images that wait.", value=3)]
+
+    def build_gauge(name, *arguments, **options):
+        return SimpleNamespace(set=lambda value, tags: reported.append((name, value)))
+
+    for name in ("ray", "ray.serve", "ray.serve.metrics"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Gauge=build_gauge))
+    monkeypatch.setattr("t2i.pipelines.serving.ray_app.METRICS_SECONDS", 0.01)
+    report_metrics(Registry(), closed)
+    assert reported == [("t2i_queue_pictures", 3)] and "could not be reported" in caplog.text
 
 
 @contextmanager
